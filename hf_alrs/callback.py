@@ -1,0 +1,280 @@
+"""The one seam to transformers: [`ALRSCallback`] for any Trainer script, and [`ALRSTrainer`]."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.optimization import GreedyLR
+
+from .config import ALRSConfig, InputError
+from .scheduler import ALRSScheduler, get_scheduler
+
+
+logger = logging.getLogger(__name__)
+
+HISTORY_NAME = "alrs_history.jsonl"
+# Where our state travels inside the state of the scheduler that Trainer owns and checkpoints
+_STATE_KEY = "alrs_state"
+
+
+def steps_per_epoch(args: TrainingArguments, num_batches: int | None) -> int | None:
+    """Optimizer steps in an epoch of `num_batches` batches a process, `None` where that is not known."""
+    return None if num_batches is None else max(1, math.ceil(num_batches / args.gradient_accumulation_steps))
+
+
+class ALRSCallback(TrainerCallback):
+    """
+    Lets the network drive the learning rate of any `Trainer`; nothing else in the script changes.
+
+    The rate of the script (`learning_rate`) is where it starts, warmup is kept, and the decay of `lr_scheduler_type` is
+    replaced. The callback takes over the scheduler that Trainer made, so that the logged `learning_rate` is the one in
+    use and checkpoints hold the callback's state.
+
+    Args:
+        config (`ALRSConfig`, *optional*): How the network drives.
+        write_history (`bool`, *optional*, defaults to `True`):
+            Whether the main process writes `alrs_history.jsonl` into `output_dir`: a line for each optimizer step.
+
+    Attributes:
+        scheduler (`ALRSScheduler`): Of the present or last run.
+
+    Raises:
+        `InputError`: At the start of training, if the script's scheduler is stepped with a metric, or the checkpoint
+            to resume from was not made with ALRS.
+    """
+
+    def __init__(self, config: ALRSConfig | None = None, write_history: bool = True):
+        self.config = config or ALRSConfig()
+        self.write_history = write_history
+        self.scheduler: ALRSScheduler | None = None
+        self._forward_hook: Any = None
+        self._loss_seen = False
+        self._loss_missed = False
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._detach()
+        if isinstance(lr_scheduler, ALRSScheduler):
+            self.scheduler, self._loss_seen = lr_scheduler, True
+        else:
+            self.scheduler = self._take_over(args, state, model, optimizer, lr_scheduler, train_dataloader)
+            self._forward_hook = model.register_forward_hook(self._after_forward)
+            self._loss_seen = False
+        if self.write_history and state.is_world_process_zero:
+            _keep_history(Path(args.output_dir) / HISTORY_NAME, state.global_step)
+
+    def _take_over(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: torch.nn.Module,
+        optimizer: Any,
+        lr_scheduler: Any,
+        train_dataloader: Any,
+    ) -> ALRSScheduler:
+        if not isinstance(lr_scheduler, LRScheduler) or isinstance(lr_scheduler, (GreedyLR, ReduceLROnPlateau)):
+            raise InputError(
+                "lr_scheduler_type",
+                type(lr_scheduler).__name__,
+                "is stepped by someone else or with a metric, so that two would set the rate.",
+                "Leave lr_scheduler_type at its default, and take `scheduler` out of a DeepSpeed configuration.",
+            )
+        num_batches = len(train_dataloader) if hasattr(train_dataloader, "__len__") else None
+        scheduler = ALRSScheduler(
+            optimizer,
+            num_training_steps=state.max_steps,
+            num_warmup_steps=args.get_warmup_steps(state.max_steps),
+            config=self.config,
+            steps_per_epoch=steps_per_epoch(args, num_batches),
+            model=model,
+        )
+        resumed = lr_scheduler.__dict__.pop(_STATE_KEY, None)
+        if resumed is not None:
+            scheduler.load_state_dict(resumed)
+        elif state.global_step > 0:
+            raise InputError(
+                "resume_from_checkpoint",
+                state.global_step,
+                "the checkpoint at this step was made without ALRS.",
+                "Resume without the callback, or start a new output_dir.",
+            )
+        own_state_dict = type(lr_scheduler).state_dict
+        lr_scheduler.step = scheduler.step
+        lr_scheduler.get_last_lr = scheduler.get_last_lr
+        lr_scheduler.state_dict = lambda: {
+            **{
+                key: value
+                for key, value in own_state_dict(lr_scheduler).items()
+                if key not in ("step", "get_last_lr", "state_dict")
+            },
+            _STATE_KEY: scheduler.state_dict(),
+        }
+        return scheduler
+
+    def _after_forward(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+        if not module.training:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
+        if loss is not None:
+            self._loss_seen = True
+            self.scheduler.observe(loss=loss.mean())
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.scheduler.discard()
+        if control.should_save:
+            # All processes read their losses here, because one alone writes the checkpoint.
+            self.scheduler.flush()
+        if not self._loss_seen and not self._loss_missed and self.scheduler.last_decision is not None:
+            self._loss_missed = True
+            logger.warning(
+                "ALRS has seen no loss: the model's output has no `loss` (label smoothing or a custom loss function "
+                "computes it outside the model). The network decides from gradients and weights alone; use ALRSTrainer, "
+                "which sees every loss."
+            )
+        self._write_history(args, state)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        prefix = self.config.controller_metric_prefix
+        if self.scheduler is not None and metrics and f"{prefix}_loss" in metrics:
+            self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.scheduler.flush()
+        self._write_history(args, state)
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.close()
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+            self._forward_hook = None
+
+    def _write_history(self, args: TrainingArguments, state: TrainerState) -> None:
+        entries = self.scheduler.drain_history()
+        if entries and self.write_history and state.is_world_process_zero:
+            with open(Path(args.output_dir) / HISTORY_NAME, "a") as file:
+                file.writelines(json.dumps(_finite(entry)) + "\n" for entry in entries)
+
+
+class ALRSTrainer(Trainer):
+    """
+    A `Trainer` whose learning rate the network drives, with the exact loss of every step (gradient accumulation and
+    label smoothing included) and the gradient norm before clipping.
+
+    Args:
+        alrs_config (`ALRSConfig`, *optional*): How the network drives.
+        args, kwargs: As for `transformers.Trainer`. A controller split is driven by when `eval_dataset` is a dictionary
+            with the key `"controller"`: its loss and accuracy become inputs of the network.
+    """
+
+    def __init__(self, *args: Any, alrs_config: ALRSConfig | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.alrs_config = alrs_config or ALRSConfig()
+        config = getattr(self.args, "hf_deepspeed_config", None)
+        if config is not None and "scheduler" in config.config:
+            raise InputError(
+                "deepspeed",
+                "scheduler",
+                "the DeepSpeed configuration holds a scheduler, which would override ALRS.",
+                "Take the `scheduler` section out of it.",
+            )
+        self.add_callback(ALRSCallback(self.alrs_config))
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            batch_size = self.args.train_batch_size * self.args.world_size
+            sized = hasattr(self.train_dataset, "__len__")
+            self.lr_scheduler = get_scheduler(
+                "alrs",
+                optimizer if optimizer is not None else self.optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs={
+                    "config": self.alrs_config,
+                    "steps_per_epoch": steps_per_epoch(
+                        self.args, math.ceil(len(self.train_dataset) / batch_size) if sized else None
+                    ),
+                    "model": self.model,
+                },
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if isinstance(self.lr_scheduler, ALRSScheduler):
+            # Trainer's losses sum to the step's loss, and the scheduler takes the mean of what it observes.
+            self.lr_scheduler.observe(loss=loss * self.current_gradient_accumulation_steps)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(self.lr_scheduler, ALRSScheduler):
+            self.lr_scheduler.observe(grad_norm=grad_norm)
+        return grad_norm
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        scheduler = self.lr_scheduler
+        if "loss" in logs and isinstance(scheduler, ALRSScheduler) and scheduler.last_decision is not None:
+            decision = scheduler.last_decision
+            # Numbers alone, as trackers take nothing else
+            logs["alrs/phase"] = {"gather": 1, "fit": 2, "drive": 3}[decision.phase]
+            logs["alrs/log_multiplier"] = decision.log_multiplier
+            if scheduler.last_meta_loss is not None:
+                logs["alrs/meta_loss"] = scheduler.last_meta_loss
+        super().log(logs, *args, **kwargs)
+
+
+def _finite(value: Any) -> Any:
+    """`value` for strict JSON: non-finite numbers become `None`."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _keep_history(path: Path, global_step: int) -> None:
+    """Starts the history file, or cuts off what a resumed run will write again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[str] = []
+    if global_step > 0 and path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= global_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # the run was killed while it wrote this line
+                continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)

@@ -1,0 +1,181 @@
+"""The configuration of adaptive learning-rate scheduling, and the error for values that cannot work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class InputError(ValueError):
+    """
+    A value given by the user that cannot work, found before any long work starts.
+
+    Args:
+        field (`str`): The argument, column or file that is wrong, as the user spells it.
+        value (`Any`): What was given.
+        rule (`str`): What the value must satisfy.
+        remedy (`str`): What to do instead.
+    """
+
+    def __init__(self, field: str, value: object, rule: str, remedy: str):
+        self.field, self.value, self.rule, self.remedy = field, value, rule, remedy
+        super().__init__(f"{field}={value!r}: {rule} {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.rule, self.remedy)
+
+
+@dataclass
+class ALRSConfig:
+    """
+    How the network drives the learning rate.
+
+    The rate at step t of T is `learning_rate * exp(s) * warmup(t) * (1 - t / T)`. The network changes `s` at decisions;
+    `s` is 0 until phase 1 is over.
+
+    Steps are optimizer steps. A field that takes "steps or a fraction" takes an `int` as steps and a `float` as a
+    fraction of the run.
+
+    Raises:
+        `InputError`: If a field breaks its rule; the message names the field, the value, the rule and the remedy.
+    """
+
+    # The network
+    network: str = field(
+        default="default",
+        metadata={"help": "`default` (shipped weights), `scratch` (random weights), a folder or a Hub id."},
+    )
+    hidden_sizes: tuple[int, ...] = field(
+        default=(64, 32), metadata={"help": "Hidden layers of the network: 64 32 or 64 64 have shipped weights."}
+    )
+
+    # Phase 1, gather
+    phase1_steps: int | float = field(
+        default=0.025, metadata={"help": "Length of phase 1 (static rate, metrics gathered): steps or a fraction."}
+    )
+    num_probes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Short annealed trials at spread rates at the end of phase 1, each started from the same snapshot; "
+            "their steps count. Default: 0 with trained weights, 7 from scratch."
+        },
+    )
+    probe_steps: int | float = field(default=0.02, metadata={"help": "Length of one probe: steps or a fraction."})
+
+    # Phase 2, fit
+    meta_learning_rate: float = field(default=1e-3, metadata={"help": "Adam's rate for the network's own training."})
+    meta_batch_size: int = field(default=64, metadata={"help": "Batch size of the network's own training."})
+    meta_num_epochs: int = field(default=10, metadata={"help": "Epochs of phase 2; 0 leaves the network as it is."})
+    anchor: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the pull towards the trained weights (L2-SP) during phases 2 and 3."},
+    )
+
+    # Phase 3, drive
+    decision_interval: int | float | str = field(
+        default=0.0125, metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
+    )
+    feedback_interval: int = field(
+        default=8, metadata={"help": "Decisions between updates of the network in phase 3; 0 turns feedback off."}
+    )
+    min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
+    max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})
+    max_log_change: float = field(default=0.7, metadata={"help": "Largest change of ln(rate) at a decision."})
+    max_first_rise: float = field(default=4.0, metadata={"help": "Largest rise of ln(rate) at the first decision."})
+    max_first_fall: float = field(default=6.0, metadata={"help": "Largest fall of ln(rate) at the first decision."})
+    gain: float = field(default=0.25, metadata={"help": "Share of the network's correction made at a decision."})
+
+    # Restarts: cost one copy of the initial weights, kept on their device until `restart_window` is over
+    max_restarts: int = field(
+        default=3,
+        metadata={
+            "help": "How often the run may go back to its initial weights when the rate was far too high; steps "
+            "count. 0 keeps no copy of the weights."
+        },
+    )
+    restart_window: float = field(default=0.13, metadata={"help": "Share of the run in which restarts may happen."})
+
+    # Metrics
+    controller_metric_prefix: str = field(
+        default="eval_controller",
+        metadata={
+            "help": "Evaluations with this prefix (`<prefix>_loss`) drive the rate; never the split that is reported."
+        },
+    )
+    max_signal_size: int = field(
+        default=16384, metadata={"help": "Coordinates per tensor that inner products are measured on."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of random weights and of the network's own training."})
+
+    def __post_init__(self) -> None:
+        self.hidden_sizes = tuple(self.hidden_sizes)
+        if self.num_probes is None:
+            self.num_probes = 7 if self.network == "scratch" else 0
+        self._check(
+            "hidden_sizes",
+            len(self.hidden_sizes) > 0 and all(isinstance(n, int) and n > 0 for n in self.hidden_sizes),
+            "must be positive whole numbers, one for each hidden layer.",
+            "Use 64 32 or 64 64.",
+        )
+        for name in ("phase1_steps", "probe_steps"):
+            self._check_span(name, getattr(self, name))
+        if self.decision_interval != "epoch":
+            self._check_span("decision_interval", self.decision_interval)
+        for name in ("num_probes", "meta_num_epochs", "feedback_interval", "max_restarts", "seed"):
+            value = getattr(self, name)
+            self._check(
+                name, isinstance(value, int) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more."
+            )
+        for name in ("meta_batch_size", "max_signal_size"):
+            value = getattr(self, name)
+            self._check(
+                name, isinstance(value, int) and value >= 1, "must be a whole number of at least 1.", "Use 1 or more."
+            )
+        for name in ("meta_learning_rate", "max_log_change", "max_first_rise", "max_first_fall", "gain", "max_lr"):
+            value = getattr(self, name)
+            self._check(
+                name,
+                isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
+                "must be a finite number above 0.",
+                "Leave it out for the default.",
+            )
+        for name in ("min_lr", "anchor"):
+            value = getattr(self, name)
+            self._check(
+                name,
+                isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
+                "must be a finite number of at least 0.",
+                "Leave it out for the default.",
+            )
+        self._check("min_lr", self.min_lr < self.max_lr, f"must lie below max_lr={self.max_lr}.", "Lower it.")
+        self._check(
+            "restart_window",
+            isinstance(self.restart_window, (int, float)) and 0 <= self.restart_window <= 1,
+            "must lie between 0 and 1.",
+            "Use 0.13.",
+        )
+
+    def _check(self, name: str, holds: bool, rule: str, remedy: str) -> None:
+        if not holds:
+            raise InputError(name, getattr(self, name), rule, remedy)
+
+    def _check_span(self, name: str, value: Any) -> None:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        holds = is_number and (value >= 1 if isinstance(value, int) else 0 < value <= 1)
+        choices = " or 'epoch'" if name == "decision_interval" else ""
+        self._check(
+            name,
+            holds,
+            f"must be a whole number of steps (1 or more), or a fraction of the run in (0, 1]{choices}.",
+            "For one step write 1, for the whole run 1.0.",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain Python values, for JSON."""
+        return asdict(self) | {"hidden_sizes": list(self.hidden_sizes)}
+
+
+def steps_of(span: int | float, num_training_steps: int) -> int:
+    """A span in "steps or a fraction" as a number of steps, at least 1."""
+    return max(1, span if isinstance(span, int) else int(span * num_training_steps))

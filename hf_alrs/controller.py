@@ -1,0 +1,528 @@
+"""
+The three phases and the feedback loop: plain numbers in, a rate out.
+
+Gather: a static rate, metrics recorded. Fit: the network is trained on what was gathered. Drive: at each decision the
+network reads the features and predicts `u = ln(best peak rate / present peak rate)`, of which a bounded share is made;
+every so many decisions the network is trained again on all the run has shown (the feedback loop).
+
+The target is *hindsight regression of the best rate*. A one-step or hypergradient target decays the rate far too early
+(short-horizon bias, Wu et al. 2018), so a row of the training set is a feature vector, the rate in force, and the best
+rate of this run as known by hindsight: from probes where there are any, and from the later, better informed estimates.
+
+This module knows no Trainer and no torch optimizer: `hf_alrs.scheduler` feeds it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .config import ALRSConfig, InputError, steps_of
+from .features import (
+    FEATURE_NAMES,
+    Array,
+    Moment,
+    RunState,
+    clean_signals,
+    feature_vector,
+    initial_state,
+    restart_state,
+    update_decision,
+    update_evaluation,
+    update_step,
+)
+from .network import MetaLRNetwork, load_network
+
+
+GATHER, FIT, DRIVE = "gather", "fit", "drive"
+
+# Decisions at a static rate before the network is asked, after a restart
+WARM_DECISIONS = 2
+# Fall of ln(rate) below its maximum that shows that the weights were trained at a far too high rate
+_RESTART_FALL = 1.0
+# A loss that is still this share of the initial one after `_NO_PROGRESS_DECISIONS` shows that training has not begun
+_NO_PROGRESS, _NO_PROGRESS_DECISIONS = 0.97, 6
+_DIVERGED_CHANGE = -math.log(10.0)
+_DIVERGED_LOSS = 1e3
+# Standard deviation of the noise added to features when the network is trained on the few rows of one run
+_JITTER = 0.05
+# Rows that one run's training set is blown up to, in batches, by jitter
+_BATCHES_FROM_SCRATCH = 16
+# Weight of the probes' verdict in the hindsight estimate, in decisions
+_PROBE_WEIGHT = 200.0
+# ln of the factor between the lowest and the highest probe and the initial rate
+_PROBE_SPREAD = 3.0 * math.log(10.0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """
+    What was decided after a step.
+
+    Args:
+        phase (`str`): Phase that the run is in from here on.
+        log_multiplier (`float`): ln(peak rate / initial rate) from here on.
+        correction (`float`, *optional*): The network's output; `None` where it was not asked.
+        action (`str`, *optional*): What is to happen to the weights: `"restart"` (back to the initial ones),
+            `"snapshot"` (keep these and the optimizer's state), `"restore"` (back to the snapshot).
+        features (`list[float]`): The feature vector, in the order of `FEATURE_NAMES`.
+        meta_loss (`float`, *optional*): Last loss of the network's own training, where it was trained.
+        network_change (`float`, *optional*): Norm of the change of the network's weights by that training.
+    """
+
+    phase: str
+    log_multiplier: float
+    correction: float | None
+    action: str | None
+    features: list[float]
+    meta_loss: float | None = None
+    network_change: float | None = None
+
+
+def control(
+    config: ALRSConfig,
+    correction: Array,
+    decision_count: Array,
+    jump_decision: Array,
+    progress: float,
+    finite: Array,
+    log_multiplier: Array,
+    highest: Array,
+    loss_ratio: Array,
+    restarts: Array,
+) -> tuple[Array, Array]:
+    """
+    The control law: how far ln(rate) moves at a decision, and whether the run goes back to its initial weights.
+
+    Args:
+        config (`ALRSConfig`): Bounds and gain.
+        correction: The network's output, ln(best peak rate / present peak rate).
+        decision_count: Decisions since the last restart, this one included.
+        jump_decision: The decision since the last restart at which the network is first followed, in one jump.
+        progress (`float`): Share of the run that is over.
+        finite: Whether losses and weights are finite.
+        log_multiplier, highest: ln(peak rate / initial rate), now and its maximum since the last restart.
+        loss_ratio: Fast loss average over the initial loss.
+        restarts: Restarts so far.
+
+    Returns:
+        `tuple`: Change of ln(rate), and a boolean restart mask, both of the shape of the arguments.
+    """
+    jump = decision_count == jump_decision
+    waiting = decision_count < jump_decision
+    step = np.clip(config.gain * correction, -config.max_log_change, config.max_log_change)
+    change = np.where(jump, np.clip(correction, -config.max_first_fall, config.max_first_rise), step)
+    change = np.where(waiting, 0.0, change)
+    change = np.where(finite, change, _DIVERGED_CHANGE)
+    fell = np.where(jump, change < -_RESTART_FALL, highest - (log_multiplier + change) > _RESTART_FALL)
+    stuck = (loss_ratio > _NO_PROGRESS) & (decision_count >= _NO_PROGRESS_DECISIONS)
+    allowed = (progress < config.restart_window) & (restarts < config.max_restarts)
+    return change, allowed & ((fell & ~waiting) | stuck | ~np.asarray(finite, dtype=bool))
+
+
+def decision_interval_of(config: ALRSConfig, num_training_steps: int, steps_per_epoch: int | None) -> int:
+    """Optimizer steps between decisions; a fraction of a short run is at least 2, so that windows do not touch."""
+    interval = config.decision_interval
+    if interval == "epoch":
+        return int(steps_per_epoch)
+    return interval if isinstance(interval, int) else max(2, steps_of(interval, num_training_steps))
+
+
+class ALRSController:
+    """
+    Sets the learning rate of one run.
+
+    Args:
+        config (`ALRSConfig`): How.
+        num_training_steps (`int`): Length of the run in optimizer steps.
+        learning_rate (`float`): The initial rate.
+        adaptive (`bool`, *optional*, defaults to `True`): Whether the optimizer rescales gradients, as Adam does.
+        num_warmup_steps (`int`, *optional*, defaults to 0): Steps over which the rate rises linearly.
+        steps_per_epoch (`int`, *optional*): Needed for `decision_interval="epoch"`; a feature otherwise.
+        network (`MetaLRNetwork`, *optional*): In place of the one that `config.network` names.
+    """
+
+    def __init__(
+        self,
+        config: ALRSConfig,
+        num_training_steps: int,
+        learning_rate: float,
+        adaptive: bool = True,
+        num_warmup_steps: int = 0,
+        steps_per_epoch: int | None = None,
+        network: MetaLRNetwork | None = None,
+    ):
+        if num_training_steps < 1:
+            raise InputError(
+                "num_training_steps", num_training_steps, "must be at least 1.", "Set max_steps or num_train_epochs."
+            )
+        if not (math.isfinite(learning_rate) and learning_rate > 0):
+            raise InputError(
+                "learning_rate",
+                learning_rate,
+                "must be a finite number above 0: the rate is multiplied, and 0 stays 0.",
+                "Give any positive rate, for example 1e-4.",
+            )
+        if config.decision_interval == "epoch" and not steps_per_epoch:
+            raise InputError(
+                "decision_interval",
+                "epoch",
+                "needs the number of optimizer steps in an epoch.",
+                "Pass steps_per_epoch, or give the interval in steps.",
+            )
+        self.config = config
+        self.num_training_steps = num_training_steps
+        self.initial_learning_rate = float(learning_rate)
+        self.adaptive = adaptive
+        self.num_warmup_steps = num_warmup_steps
+        self.num_epochs = num_training_steps / steps_per_epoch if steps_per_epoch else 3.0
+        self.decision_interval = decision_interval_of(config, num_training_steps, steps_per_epoch)
+        self.network = (
+            network if network is not None else load_network(config.network, config.hidden_sizes, config.seed)
+        )
+        self._trained = [p.detach().clone() for p in self.network.parameters()]
+        phase1 = steps_of(config.phase1_steps, num_training_steps)
+        self._first_jump = max(1, math.ceil(phase1 / self.decision_interval))
+        self._probe_decisions = max(
+            2, math.ceil(steps_of(config.probe_steps, num_training_steps) / self.decision_interval)
+        )
+
+        self.phase = GATHER
+        self.state: RunState = initial_state()
+        self.log_multiplier = 0.0
+        self.highest = 0.0
+        self.last_change = 0.0
+        self.restarts = 0
+        self.jumped = False
+        self.diverged = False
+        self._drive_decisions = 0
+        self._fits = 0
+        # One row a decision: features, ln(peak rate / initial rate), hindsight estimate of the best, its weight.
+        self._rows: list[list[float]] = []
+        self._probe = -1  # which probe is running; -1 before the first
+        self._probe_start = 0
+        self._probe_losses: list[float] = []
+        self._probe_outcomes: list[float] = []
+        self._before_probes: tuple[RunState, float, list[float]] | None = None
+
+    # What the scheduler asks
+
+    def is_decision(self, step: int) -> bool:
+        """Whether signals are wanted at the `step`-th optimizer step (counted from 0) and a decision after it."""
+        return 0 < step < self.num_training_steps and step % self.decision_interval == 0
+
+    def is_before_decision(self, step: int) -> bool:
+        """Whether the gradient and the weights at this step are wanted for the next one's signals."""
+        return self.is_decision(step + 1)
+
+    @property
+    def restarts_possible(self) -> bool:
+        """Whether a later decision can still ask for a restart."""
+        return self.restarts < self.config.max_restarts
+
+    def restart_window_over(self, step: int) -> bool:
+        return step >= self.config.restart_window * self.num_training_steps
+
+    def learning_rate(self, step: int) -> float:
+        """The rate for the `step`-th optimizer step (counted from 0), under what has been decided so far."""
+        warmup = min(1.0, (step + 1) / self.num_warmup_steps) if self.num_warmup_steps else 1.0
+        decay = max(0.0, 1.0 - step / self.num_training_steps)
+        if self._probing:
+            decay = max(0.0, 1.0 - (step - self._probe_start) / (self._probe_decisions * self.decision_interval))
+        rate = self.initial_learning_rate * math.exp(self.log_multiplier) * warmup * decay
+        return min(max(rate, self.config.min_lr), self.config.max_lr)
+
+    # What the scheduler tells
+
+    def observe(self, loss: float) -> None:
+        """Takes the training loss of one optimizer step."""
+        if not math.isfinite(loss) or loss > _DIVERGED_LOSS:
+            self.diverged = True
+        self.state = update_step(self.state, loss, self.num_training_steps, self.decision_interval)
+        if self._probing:
+            self._probe_losses.append(loss if math.isfinite(loss) else _DIVERGED_LOSS)
+
+    def observe_evaluation(self, loss: float, accuracy: float | None = None) -> None:
+        """Takes the mean loss on the controller's split, and the accuracy (0 to 1) where the task has one."""
+        self.state = update_evaluation(self.state, loss, accuracy or 0.0)
+
+    def decide(self, step: int, signals: Mapping[str, float]) -> Decision:
+        """
+        Decides after the `step`-th optimizer step (counted from 0), whose loss has been observed.
+
+        Args:
+            step (`int`): Optimizer steps done before this one.
+            signals (`Mapping[str, float]`): See `hf_alrs.features.SIGNALS`.
+        """
+        finite = not self.diverged and math.isfinite(signals["ww"])
+        self.diverged = False
+        signals = clean_signals(signals)
+        rate = max(self.learning_rate(step - 1), 1e-30)
+        self.state = update_decision(self.state, signals, rate, self.decision_interval)
+        moment = Moment(
+            state=self.state,
+            signals=signals,
+            step=step,
+            num_training_steps=self.num_training_steps,
+            decision_interval=self.decision_interval,
+            num_epochs=self.num_epochs,
+            adaptive=self.adaptive,
+            learning_rate=rate,
+            peak_learning_rate=self.initial_learning_rate * math.exp(self.log_multiplier),
+            last_change=self.last_change,
+        )
+        features = feature_vector(moment)
+        count = int(self.state.decision_count)
+
+        if self._probing:
+            return self._decide_probe(step, features, count)
+        if not self.jumped and count == self._first_jump and self.config.num_probes > 0 and finite:
+            self._remember(features, math.nan, count)
+            self._before_probes = (self.state, self.log_multiplier, features.tolist())
+            return self._start_probe(step, features, "snapshot")
+
+        correction = self._ask(features)
+        self._remember(features, self.log_multiplier + correction, count)
+        meta_loss = network_change = None
+        jump_decision = self._first_jump if not self.jumped else min(WARM_DECISIONS, self._first_jump)
+        if not self.jumped and count >= self._first_jump:
+            meta_loss, network_change = self._train(self.config.meta_num_epochs)
+            correction = self._ask(features)
+        elif self._feedback_due(count > jump_decision):
+            meta_loss, network_change = self._train(1)
+            correction = self._ask(features)
+        return self._act(step, features, correction, count, jump_decision, finite, meta_loss, network_change)
+
+    def _feedback_due(self, driving: bool) -> bool:
+        if not driving:
+            return False
+        self._drive_decisions += 1
+        return self.config.feedback_interval > 0 and self._drive_decisions % self.config.feedback_interval == 0
+
+    def _act(
+        self,
+        step: int,
+        features: np.ndarray,
+        correction: float,
+        count: int,
+        jump_decision: int,
+        finite: bool,
+        meta_loss: float | None,
+        network_change: float | None,
+    ) -> Decision:
+        state = self.state
+        change, restart = control(
+            self.config,
+            np.float64(correction),
+            count,
+            jump_decision,
+            step / self.num_training_steps,
+            finite,
+            self.log_multiplier,
+            self.highest,
+            state.loss_fast / max(float(state.initial_loss), 1e-6),
+            self.restarts,
+        )
+        fitting = not self.jumped and count >= self._first_jump
+        self._move(float(change))
+        self.jumped = self.jumped or fitting
+        self.phase = FIT if fitting else (DRIVE if self.jumped else GATHER)
+        self.highest = self.log_multiplier if restart else max(self.highest, self.log_multiplier)
+        if restart:
+            self.restarts += 1
+            self.state = restart_state(state, np.bool_(True))
+        return Decision(
+            phase=self.phase,
+            log_multiplier=self.log_multiplier,
+            correction=correction,
+            action="restart" if restart else None,
+            features=features.tolist(),
+            meta_loss=meta_loss,
+            network_change=network_change,
+        )
+
+    def _move(self, change: float) -> None:
+        """Changes `log_multiplier`, keeping the peak rate inside `min_lr` and `max_lr`."""
+        target = self.log_multiplier + change
+        ceiling = math.log(self.config.max_lr / self.initial_learning_rate)
+        target = min(target, max(ceiling, 0.0))
+        if self.config.min_lr > 0:
+            target = max(target, min(math.log(self.config.min_lr / self.initial_learning_rate), 0.0))
+        self.last_change = target - self.log_multiplier
+        self.log_multiplier = target
+
+    # Probes: a small regret curve of this very run
+
+    @property
+    def _probing(self) -> bool:
+        return 0 <= self._probe < self.config.num_probes
+
+    def _start_probe(self, step: int, features: np.ndarray, action: str) -> Decision:
+        self._probe += 1
+        self._probe_losses = []
+        self._probe_start = step + 1
+        self.state, log_multiplier, _ = self._before_probes
+        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.num_probes)
+        self.log_multiplier = log_multiplier
+        self._move(float(offsets[self._probe]))
+        return Decision(GATHER, self.log_multiplier, None, action, features.tolist())
+
+    def _decide_probe(self, step: int, features: np.ndarray, count: int) -> Decision:
+        self._remember(features, math.nan, count)
+        if step + 1 - self._probe_start < self._probe_decisions * self.decision_interval:
+            return Decision(GATHER, self.log_multiplier, None, None, features.tolist())
+        tail = self._probe_losses[len(self._probe_losses) // 2 :]
+        self._probe_outcomes.append(float(np.mean(tail)))
+        if self._probe + 1 < self.config.num_probes:
+            return self._start_probe(step, features, "restore")
+        self._probe += 1
+        self.state, self.log_multiplier, first = self._before_probes
+        self.last_change = 0.0
+        self._before_probes = None
+        meta_loss, network_change = self._train(self.config.meta_num_epochs)
+        features = np.asarray(first)
+        decision = self._act(
+            step, features, self._ask(features), self._first_jump, self._first_jump, True, meta_loss, network_change
+        )
+        return replace(decision, action=decision.action or "restore")
+
+    def _probe_verdict(self) -> float | None:
+        """ln(best probed rate / initial rate): the minimum of the smoothed curve of losses over rates."""
+        if self._probe < self.config.num_probes or not self._probe_outcomes:
+            return None
+        curve = np.log(np.maximum(self._probe_outcomes, 1e-6))
+        padded = np.concatenate([curve[:1], curve, curve[-1:]])
+        smooth = 0.25 * padded[:-2] + 0.5 * padded[1:-1] + 0.25 * padded[2:]
+        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.num_probes)
+        return float(offsets[int(np.argmin(smooth))])
+
+    # The network's own training
+
+    def _ask(self, features: np.ndarray) -> float:
+        with torch.no_grad():
+            return float(self.network.correction(torch.from_numpy(features).float()))
+
+    def _remember(self, features: np.ndarray, estimate: float, weight: int) -> None:
+        self._rows.append([*features.tolist(), self.log_multiplier, estimate, float(weight)])
+
+    def hindsight(self) -> float | None:
+        """
+        Best ln(peak rate / initial rate) of this run as known so far.
+
+        The mean of the estimates made at each decision, weighted by how many decisions stood behind each (later ones
+        have seen more), and of the probes' verdict.
+        """
+        rows = np.asarray(self._rows)
+        estimates, weights = rows[:, -2], rows[:, -1]
+        known = np.isfinite(estimates)
+        total, weight = float((estimates[known] * weights[known]).sum()), float(weights[known].sum())
+        verdict = self._probe_verdict()
+        if verdict is not None:
+            total, weight = total + _PROBE_WEIGHT * verdict, weight + _PROBE_WEIGHT
+        return total / weight if weight > 0 else None
+
+    def _train(self, num_epochs: int) -> tuple[float | None, float | None]:
+        """Trains the network on all rows with Adam; returns the last loss and the norm of the weights' change."""
+        best = self.hindsight()
+        if num_epochs == 0 or best is None:
+            return None, None
+        rows = torch.tensor(self._rows, dtype=torch.float32)
+        features, rates = rows[:, : len(FEATURE_NAMES)], rows[:, len(FEATURE_NAMES)]
+        targets = (best - rates).clamp(-6.0, 6.0)
+        scratch = self.config.network == "scratch"
+        batches = _BATCHES_FROM_SCRATCH if scratch else 1
+        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self._fits)
+        parameters = list(self.network.parameters())
+        before = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.Adam(parameters, lr=self.config.meta_learning_rate)
+        loss = torch.zeros(())
+        for _ in range(num_epochs * max(batches, len(rows) // self.config.meta_batch_size)):
+            chosen = torch.randint(len(rows), (self.config.meta_batch_size,), generator=generator)
+            noise = _JITTER * torch.randn((len(chosen), features.shape[1]), generator=generator)
+            output = self.network.correction(features[chosen] + noise)
+            loss = F.smooth_l1_loss(output, targets[chosen])
+            objective = loss
+            if not scratch:  # L2-SP (Li et al., 2018): few rows of one run must not undo the meta-training
+                objective = loss + self.config.anchor * sum(
+                    (p - q).square().sum() for p, q in zip(parameters, self._trained, strict=True)
+                )
+            optimizer.zero_grad()
+            objective.backward()
+            optimizer.step()
+        self._fits += 1
+        change = math.sqrt(
+            sum(float((p.detach() - q).square().sum()) for p, q in zip(parameters, before, strict=True))
+        )
+        return float(loss.detach()), change
+
+    # Checkpoints
+
+    _SCALARS = (
+        "phase",
+        "log_multiplier",
+        "highest",
+        "last_change",
+        "restarts",
+        "jumped",
+        "diverged",
+        "_drive_decisions",
+        "_fits",
+        "_probe",
+        "_probe_start",
+        "_probe_losses",
+        "_probe_outcomes",
+        "initial_learning_rate",
+        "num_training_steps",
+    )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the rest of the run, as tensors and plain Python values (`weights_only=True`)."""
+        state: dict[str, Any] = {name: getattr(self, name) for name in self._SCALARS}
+        state["state"] = _state_to_dict(self.state)
+        state["before_probes"] = (
+            None if self._before_probes is None else [_state_to_dict(self._before_probes[0]), *self._before_probes[1:]]
+        )
+        state["rows"] = torch.tensor(self._rows, dtype=torch.float64)
+        state["network"] = {name: value.clone() for name, value in self.network.state_dict().items()}
+        state["trained"] = [value.clone() for value in self._trained]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """
+        Takes the run up where `state_dict` left it.
+
+        Raises:
+            `InputError`: If the state was made by a network of another shape.
+        """
+        shapes = {name: tuple(value.shape) for name, value in self.network.state_dict().items()}
+        saved = {name: tuple(value.shape) for name, value in state["network"].items()}
+        if shapes != saved:
+            raise InputError(
+                "checkpoint",
+                saved,
+                f"it holds a network of another shape than this run's {shapes}.",
+                "Resume with the hidden_sizes and the hf-alrs version that made the checkpoint.",
+            )
+        for name in self._SCALARS:
+            value = state[name]
+            setattr(self, name, list(value) if isinstance(value, (list, tuple)) else value)
+        self.state = _state_from_dict(state["state"])
+        before = state["before_probes"]
+        self._before_probes = None if before is None else (_state_from_dict(before[0]), before[1], before[2])
+        self._rows = state["rows"].tolist()
+        self.network.load_state_dict(state["network"])
+        self._trained = [value.clone() for value in state["trained"]]
+
+
+def _state_to_dict(state: RunState) -> dict[str, float]:
+    return {name: float(value) for name, value in asdict(state).items()}
+
+
+def _state_from_dict(values: Mapping[str, float]) -> RunState:
+    return RunState(**{name: np.float64(value) for name, value in values.items()})

@@ -1,0 +1,1 @@
+"""Offline training of the shipped network on a population of small tasks."""

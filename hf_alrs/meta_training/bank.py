@@ -1,0 +1,140 @@
+"""
+The bank: every group of small tasks, run once over a grid of peak rates.
+
+A run of the grid has a *regret*: 0 for the best run of its task, 1 for chance. Regret over log peak rate is what the
+network is trained on, because it tells how much a wrong rate costs, which differs widely between tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import make_data
+from .population import GRID_SIZE, Population
+from .spec import TaskSpec, sample_spec
+
+
+# Below this share of the loss at chance that the best run wins, a task says nothing about rates.
+_MIN_GAIN, _FULL_GAIN = 0.1, 0.4
+
+
+@dataclass
+class Group:
+    """
+    A group of tasks with the outcome of every run of its grid.
+
+    Args:
+        spec (`TaskSpec`): What the tasks share.
+        log_rates (`Tensor` of shape `[grid_size]`): Natural logarithms of the peak rates, evenly spaced.
+        loss, error (`Tensor` of shape `[num_tasks, grid_size]`): On the eval split, at the end of a linear decay.
+        initial (`list[Tensor]`): Initial weights, `[num_tasks, *shape]` each (pre-training is not run again).
+    """
+
+    spec: TaskSpec
+    log_rates: Tensor
+    loss: Tensor
+    error: Tensor
+    initial: list[Tensor]
+
+    @property
+    def num_tasks(self) -> int:
+        return self.loss.shape[0]
+
+    def regret(self, loss: Tensor, error: Tensor) -> Tensor:
+        """
+        Regret of runs: the mean of the normalised excess of loss and of error over the best run of the grid.
+
+        Args:
+            loss, error (`Tensor` of shape `[num_tasks, n]`): Of `n` runs of each task.
+        """
+        chance_loss, chance_error = math.log(self.spec.num_classes), 1.0 - 1.0 / self.spec.num_classes
+
+        def excess(values: Tensor, grid: Tensor, chance: float) -> Tensor:
+            best = grid.min(1, keepdim=True).values
+            return ((values - best) / (chance - best).clamp(min=0.1 * chance)).clamp(-0.3, 1.5)
+
+        cap = 2 * chance_loss + 1
+        return 0.5 * excess(loss.clamp(max=cap), self.loss.clamp(max=cap), chance_loss) + 0.5 * excess(
+            error, self.error, chance_error
+        )
+
+    @property
+    def grid_regret(self) -> Tensor:
+        """Regret of the runs of the grid, `[num_tasks, grid_size]`."""
+        return self.regret(self.loss, self.error)
+
+    @property
+    def curve(self) -> Tensor:
+        """`grid_regret`, smoothed by (1, 2, 1) / 4: single runs are noisy."""
+        c = self.grid_regret
+        padded = torch.cat([c[:, :1], c, c[:, -1:]], 1)
+        return 0.25 * padded[:, :-2] + 0.5 * padded[:, 1:-1] + 0.25 * padded[:, 2:]
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of each task, `[num_tasks]`: 0 where nothing can be learnt, 1 where much can."""
+        chance = math.log(self.spec.num_classes)
+        gain = ((chance - self.loss.min(1).values) / chance).clamp(0, 1)
+        return (gain > _MIN_GAIN).float() * (gain / _FULL_GAIN).clamp(max=1)
+
+    def population(self, num_members: int) -> Population:
+        """The group's tasks with `num_members` runs each, at their initial weights."""
+        plain = replace(self.spec, pretrained=False, damaged=False)
+        population = Population(plain, self.num_tasks, num_members, data=make_data(self.spec, self.num_tasks))
+        population._set_initial(self.initial)
+        population.reset()
+        return population
+
+
+def run_group(seed: int, num_tasks: int, max_cost: float | None) -> Group:
+    """Runs the grid of the group that `seed` draws."""
+    population = Population(sample_spec(seed, max_cost), num_tasks, GRID_SIZE)
+    grid = population.learning_rate_grid
+    loss, error = population.run_fixed(grid.repeat(num_tasks), "linear")
+    return Group(
+        spec=population.spec,
+        log_rates=grid.clone(),
+        loss=loss.view(num_tasks, GRID_SIZE).clone(),
+        error=error.view(num_tasks, GRID_SIZE).clone(),
+        initial=population._get_initial(),
+    )
+
+
+def group_path(folder: Path, seed: int) -> Path:
+    return folder / f"group-{seed:06d}.pt"
+
+
+def save_group(group: Group, path: Path) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(
+        {
+            "spec": group.spec.to_dict(),
+            "log_rates": group.log_rates,
+            "loss": group.loss,
+            "error": group.error,
+            "initial": group.initial,
+        },
+        temporary,
+    )
+    temporary.replace(path)
+
+
+def load_group(path: Path) -> Group:
+    stored = torch.load(path, weights_only=True)
+    return Group(spec=TaskSpec(**stored.pop("spec")), **stored)
+
+
+def fill_bank(folder: Path, seeds: Iterable[int], num_tasks: int, max_cost: float | None) -> None:
+    """Runs every group that the folder does not hold yet; may be interrupted at any time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        path = group_path(folder, seed)
+        if not path.exists():
+            save_group(run_group(seed, num_tasks, max_cost), path)

@@ -1,0 +1,340 @@
+"""
+Hindsight regression of the best rate, with data aggregation (DAgger, Ross et al. 2011).
+
+Round 0 visits states under random changes of the rate, later rounds under the network's own control with noise. Every
+state is labelled from the regret curve of its task: for the correction `u` that the network gives at peak rate `x`, the
+loss is the regret at `x + u`, plus a small Huber term towards the best rate, which has a gradient where the curve is
+flat.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import ALRSConfig, InputError
+from ..features import FEATURE_NAMES, FEATURE_VERSION
+from ..network import MetaLRNetwork
+from .bank import Group, fill_bank, group_path, load_group
+from .population import GRID_SIZE
+from .rollout import rollout
+from .spec import POPULATION_VERSION
+
+
+_HUBER_WEIGHT = 0.03
+_L2 = 1e-5
+_FEATURE_NOISE = 0.05
+# Slope of the regret curve beyond the grid, per natural log of the rate
+_BEYOND_GRID = 0.1
+
+
+@dataclass
+class MetaTrainingConfig:
+    """
+    What `hf-alrs meta-train` does.
+
+    Args:
+        output_dir (`str`): Bank, aggregated states and networks; a run that finds them there goes on.
+        num_groups (`int`): Task groups to train on.
+        num_held_out_groups (`int`): Further groups that judge and choose, never trained on.
+        num_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights.
+        num_members (`int`): Runs of each task in a round.
+        num_rounds (`int`): Rounds of data aggregation, the first one without a network.
+        num_iterations (`int`): Steps of the regression after each round.
+        batch_size (`int`), learning_rate (`float`): Of the regression (Adam, linear decay).
+        hidden_sizes (`list[list[int]]`): Networks to fit; the first one drives the rollouts.
+        max_cost (`float`, *optional*): Groups whose grid would take more seconds than about this are made shorter.
+        num_workers (`int`): Processes.
+        seed (`int`): Groups are drawn from seeds `seed`, `seed + 1`, ...; the held-out ones come first.
+    """
+
+    output_dir: str
+    num_groups: int = 400
+    num_held_out_groups: int = 40
+    num_tasks: int = 4
+    num_members: int = 6
+    num_rounds: int = 4
+    num_iterations: int = 6000
+    batch_size: int = 2048
+    learning_rate: float = 2e-3
+    hidden_sizes: list[list[int]] = field(default_factory=lambda: [[64, 32], [64, 64]])
+    max_cost: float | None = 4.0
+    num_workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_groups", "num_held_out_groups", "num_tasks", "num_members", "num_rounds", "num_iterations"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(name, value, "must be a whole number of at least 1.", "Correct the configuration.")
+
+    @property
+    def held_out_seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_held_out_groups)
+
+    @property
+    def train_seeds(self) -> range:
+        start = self.seed + self.num_held_out_groups
+        return range(start, start + self.num_groups)
+
+
+@dataclass
+class States:
+    """Labelled states: features `[n, num_features]` (half precision), ln rates, curves, curve origins, weights `[n]`."""
+
+    features: Tensor
+    log_rates: Tensor
+    curves: Tensor
+    origins: Tensor
+    weights: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[States]) -> States:
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+
+
+def regret_at(curves: Tensor, origins: Tensor, step: float, log_rates: Tensor) -> Tensor:
+    """
+    Regret curves read at given rates: linear between the points of the grid, rising slowly beyond its ends.
+
+    Args:
+        curves (`Tensor` of shape `[n, grid_size]`): Regret at `origins + i * step`.
+        origins (`Tensor` of shape `[n]`): ln of the lowest rate of the grid.
+        step (`float`): Distance of the grid's rates in log space.
+        log_rates (`Tensor` of shape `[n]`): Where to read.
+    """
+    position = (log_rates - origins) / step
+    inside = position.clamp(0, curves.shape[1] - 1.001)
+    index = inside.floor().long()
+    share = inside - index
+    low = curves.gather(1, index[:, None])[:, 0]
+    high = curves.gather(1, index[:, None] + 1)[:, 0]
+    return low * (1 - share) + high * share + _BEYOND_GRID * step * (position - inside).abs()
+
+
+def visit(group: Group, network: MetaLRNetwork | None, num_members: int, seed: int) -> States:
+    """
+    States of a group under the network's control with noise (or under noise alone), with their labels.
+
+    Initial rates are drawn from the whole grid. A part of the runs is explored with independent noise, a part with a
+    lasting bias, and a part not at all; half of the groups evaluate the controller's split.
+    """
+    rng = np.random.default_rng(seed)
+    size = group.num_tasks * num_members
+    low, high = float(group.log_rates[0]), float(group.log_rates[-1])
+    log_rates = torch.from_numpy(rng.uniform(low, high, size))
+    if network is None:
+        scale, bias = np.full(size, 1.5), np.zeros(size)
+    else:
+        scale = rng.uniform(0, 1, size) * (rng.uniform(size=size) < 0.6)
+        bias = rng.normal(0, 0.7, size) * (rng.uniform(size=size) < 0.4)
+    config = ALRSConfig(decision_interval=float(rng.choice([0.0125, 0.0125, 0.0125, 0.02, 0.04])))
+    result = rollout(
+        group.population(num_members),
+        log_rates,
+        network,
+        config,
+        explore=lambda progress: rng.normal(size=size) * scale + bias * (progress < 0.6),
+        num_evaluations=int(rng.choice([0, 0, 4, 10])),
+    )
+    decisions = result.features.shape[0]
+    task = np.repeat(np.arange(group.num_tasks), num_members)
+    weight = group.weight.numpy()[task]
+    # What is decided early decides more.
+    weights = weight[None] * (1.0 - result.progress[:, None])
+    keep = np.broadcast_to(weight > 0, (decisions, size)).reshape(-1)
+    curves = group.curve[torch.from_numpy(task)][None].expand(decisions, -1, -1).reshape(-1, GRID_SIZE)
+    keep_index = torch.from_numpy(np.flatnonzero(keep))
+    return States(
+        features=torch.from_numpy(result.features.reshape(-1, len(FEATURE_NAMES)))[keep_index].half(),
+        log_rates=torch.from_numpy(result.log_rates.reshape(-1)).float()[keep_index],
+        curves=curves[keep_index].contiguous(),
+        origins=torch.full((len(keep_index),), low),
+        weights=torch.from_numpy(weights.reshape(-1)).float()[keep_index],
+    )
+
+
+def fit(
+    network: MetaLRNetwork, states: States, num_iterations: int, batch_size: int, learning_rate: float, seed: int
+) -> float:
+    """Trains the network on labelled states; returns the mean loss of the last tenth of the iterations."""
+    generator = torch.Generator().manual_seed(seed)
+    step = math.log(10) * 4.5 / (GRID_SIZE - 1)
+    best = states.origins + step * states.curves.argmin(1)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    losses = []
+    for iteration in range(num_iterations):
+        optimizer.param_groups[0]["lr"] = learning_rate * max(0.01, 1 - iteration / num_iterations)
+        index = torch.randint(len(states.weights), (batch_size,), generator=generator)
+        features = states.features[index].float()
+        features += _FEATURE_NOISE * torch.randn(features.shape, generator=generator)
+        correction = network.correction(features)
+        rates = states.log_rates[index]
+        regret = regret_at(states.curves[index], states.origins[index], step, rates + correction)
+        huber = F.smooth_l1_loss(correction, (best[index] - rates).clamp(-6, 6), reduction="none")
+        loss = (states.weights[index] * (regret + _HUBER_WEIGHT * huber)).mean()
+        objective = loss + _L2 * sum(p.square().sum() for p in network.parameters())
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-max(1, num_iterations // 10) :]).mean())
+
+
+def evaluate_group(group: Group, network: MetaLRNetwork | None, config: ALRSConfig | None = None) -> dict[str, list]:
+    """
+    Regret of the network's runs from every initial rate of the grid, on a group it was not trained on.
+
+    Returns:
+        `dict`: `regret` and `weight`, lists over tasks (of lists over initial rates), and mean `restarts`.
+    """
+    population = group.population(GRID_SIZE)
+    result = rollout(population, group.log_rates.repeat(group.num_tasks), network, config, record=False)
+    shape = (group.num_tasks, GRID_SIZE)
+    return {
+        "regret": group.regret(result.loss.view(shape), result.error.view(shape)).tolist(),
+        "weight": group.weight.tolist(),
+        "restarts": float(result.restarts.mean()),
+    }
+
+
+def summarize(evaluations: Sequence[dict[str, list]]) -> dict[str, object]:
+    """Weighted mean regret over held-out tasks: overall, by initial rate, and its 90th percentile over runs."""
+    regret = np.concatenate([np.asarray(e["regret"]) for e in evaluations])
+    weight = np.concatenate([np.asarray(e["weight"]) for e in evaluations])
+    used = weight > 0
+    by_rate = (regret[used] * weight[used, None]).sum(0) / weight[used].sum()
+    return {
+        "mean_regret": float(by_rate.mean()),
+        "regret_by_initial_rate": [round(float(x), 4) for x in by_rate],
+        "percentile_90": float(np.quantile(regret[used], 0.9)),
+        "num_tasks": int(used.sum()),
+        "mean_restarts": float(np.mean([e["restarts"] for e in evaluations])),
+    }
+
+
+# Worker entry points: one torch thread a process, so that processes do not fight over cores.
+
+
+def _init_worker() -> None:
+    torch.set_num_threads(1)
+
+
+def _fill(arguments: tuple[str, int, int, float | None]) -> None:
+    folder, seed, num_tasks, max_cost = arguments
+    fill_bank(Path(folder), [seed], num_tasks, max_cost)
+
+
+def _visit(arguments: tuple[str, int, str | None, int, str, int]) -> None:
+    bank, seed, network, num_members, target, visit_seed = arguments
+    path = Path(target)
+    if path.exists():
+        return
+    policy = MetaLRNetwork.from_pretrained(network) if network else None
+    states = visit(load_group(group_path(Path(bank), seed)), policy, num_members, visit_seed)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(asdict(states), temporary)
+    temporary.replace(path)
+
+
+def _evaluate(arguments: tuple[str, int, str | None, dict]) -> dict[str, list]:
+    bank, seed, network, config = arguments
+    policy = MetaLRNetwork.from_pretrained(network) if network else None
+    return evaluate_group(load_group(group_path(Path(bank), seed)), policy, ALRSConfig(**config))
+
+
+def evaluate_held_out(
+    bank: Path, seeds: Sequence[int], network: Path | None, num_workers: int, config: dict | None = None
+) -> dict[str, object]:
+    """`summarize` over the held-out groups of a bank."""
+    jobs = [(str(bank), seed, str(network) if network else None, config or {}) for seed in seeds]
+    with ProcessPoolExecutor(num_workers, initializer=_init_worker) as pool:
+        return summarize(list(pool.map(_evaluate, jobs)))
+
+
+def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> dict[str, object]:
+    """
+    Fills the bank, aggregates states over rounds, fits the networks, and judges them on held-out groups.
+
+    Everything finished is found again in `output_dir`, so that the same call continues an interrupted one.
+
+    Args:
+        config (`MetaTrainingConfig`): What to do.
+        progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, what is done of it and its total.
+
+    Returns:
+        `dict`: For each network its `summarize` table; also written to `report.json`.
+    """
+    report_progress = progress or (lambda stage, done, total: None)
+    output = Path(config.output_dir)
+    bank, visited = output / "bank", output / "states"
+    visited.mkdir(parents=True, exist_ok=True)
+    seeds = [*config.held_out_seeds, *config.train_seeds]
+    with ProcessPoolExecutor(config.num_workers, initializer=_init_worker) as pool:
+        jobs = [(str(bank), seed, config.num_tasks, config.max_cost) for seed in seeds]
+        for done, _ in enumerate(pool.map(_fill, jobs)):
+            report_progress("bank", done + 1, len(jobs))
+        policy: Path | None = None
+        for round_index in range(config.num_rounds):
+            targets = [visited / f"round{round_index}-{seed:06d}.pt" for seed in config.train_seeds]
+            jobs = [
+                (
+                    str(bank),
+                    seed,
+                    str(policy) if policy else None,
+                    config.num_members,
+                    str(target),
+                    config.seed + 7919 * round_index + seed,
+                )
+                for seed, target in zip(config.train_seeds, targets, strict=True)
+            ]
+            random.Random(config.seed + round_index).shuffle(jobs)
+            for done, _ in enumerate(pool.map(_visit, jobs)):
+                report_progress(f"round {round_index}", done + 1, len(jobs))
+            last = round_index == config.num_rounds - 1
+            policy = _fit_round(config, round_index, visited, config.hidden_sizes if last else config.hidden_sizes[:1])
+            report_progress(f"fit {round_index}", 1, 1)
+    report: dict[str, object] = {
+        "config": asdict(config),
+        "feature_version": FEATURE_VERSION,
+        "population_version": POPULATION_VERSION,
+    }
+    for sizes in config.hidden_sizes:
+        folder = _network_folder(config, config.num_rounds - 1, sizes)
+        report["-".join(map(str, sizes))] = evaluate_held_out(bank, config.held_out_seeds, folder, config.num_workers)
+        report_progress("held out", 1, 1)
+    temporary = output / "report.json.tmp"
+    temporary.write_text(json.dumps(report, indent=2))
+    temporary.replace(output / "report.json")
+    return report
+
+
+def _network_folder(config: MetaTrainingConfig, round_index: int, sizes: Sequence[int]) -> Path:
+    return Path(config.output_dir) / f"network-round{round_index}-{'-'.join(map(str, sizes))}"
+
+
+def _fit_round(
+    config: MetaTrainingConfig, round_index: int, visited: Path, all_sizes: Sequence[Sequence[int]]
+) -> Path:
+    """Fits networks on the states of all rounds so far; returns the folder of the first one."""
+    folders = [_network_folder(config, round_index, sizes) for sizes in all_sizes]
+    if not all((folder / "config.json").exists() for folder in folders):
+        paths = [path for r in range(round_index + 1) for path in sorted(visited.glob(f"round{r}-*.pt"))]
+        states = States.join([States(**torch.load(path, weights_only=True)) for path in paths])
+        for sizes, folder in zip(all_sizes, folders, strict=True):
+            torch.manual_seed(config.seed)
+            network = MetaLRNetwork(sizes)
+            fit(network, states, config.num_iterations, config.batch_size, config.learning_rate, config.seed)
+            network.save_pretrained(folder)
+    return folders[0]

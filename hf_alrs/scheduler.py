@@ -1,0 +1,418 @@
+"""[`ALRSScheduler`], a torch `LRScheduler` fed through `observe`, and [`get_scheduler`] with transformers' signature."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
+from transformers import SchedulerType
+
+from .config import ALRSConfig, InputError
+from .controller import ALRSController, Decision
+from .features import FEATURE_NAMES, FEATURE_VERSION, SIGNALS
+from .signals import SignalRecorder
+
+
+STATE_VERSION = 1
+
+
+def unwrapped_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers such as accelerate's, whose step is the one that moves the weights."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def is_adaptive(optimizer: Optimizer) -> bool:
+    """Whether the optimizer rescales gradients: everything but the SGD family."""
+    return "sgd" not in type(optimizer).__name__.lower()
+
+
+class ALRSScheduler(LRScheduler):
+    """
+    Learning-rate scheduler driven by a network that reads live metrics.
+
+    Call `observe(loss=...)` after each forward pass and `step()` after each optimizer step. Gradients and weights are
+    read through the optimizer's own step hooks, so that `step()` may come before or after `zero_grad()`, a step that
+    mixed precision skips does not count, and calling `step()` twice (as accelerate does with several processes)
+    advances once.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): Any torch optimizer; accelerate's wrapper is seen through. Groups keep the
+            ratios of their rates, and groups with rate 0 stay frozen.
+        num_training_steps (`int`): Length of the run in optimizer steps.
+        num_warmup_steps (`int`, *optional*, defaults to 0): Steps of linear warmup.
+        config (`ALRSConfig`, *optional*): How the network drives.
+        steps_per_epoch (`int`, *optional*): Optimizer steps in an epoch.
+        model (`torch.nn.Module`, *optional*): Lets a restart bring back buffers too (batch-norm statistics).
+
+    Attributes:
+        history (`list[dict]`): One entry for each optimizer step since the last `drain_history`, written at decisions:
+            `step` (1 for the first), `loss`, `grad_norm`, `learning_rate`, `phase`; at decisions also `features`,
+            `log_multiplier`, `correction`, `action`, `meta_loss` and `network_change`.
+        seconds (`float`): Time spent in the controller so far.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        num_training_steps: int,
+        num_warmup_steps: int = 0,
+        config: ALRSConfig | None = None,
+        steps_per_epoch: int | None = None,
+        model: torch.nn.Module | None = None,
+    ):
+        self.config = config or ALRSConfig()
+        self.model = model
+        inner = unwrapped_optimizer(optimizer)
+        rates = [float(group.get("initial_lr", group["lr"])) for group in inner.param_groups]
+        self.controller = ALRSController(
+            self.config,
+            num_training_steps,
+            max(rates),
+            adaptive=is_adaptive(inner),
+            num_warmup_steps=num_warmup_steps,
+            steps_per_epoch=steps_per_epoch,
+        )
+        self._parameters = [
+            p
+            for group, rate in zip(inner.param_groups, rates, strict=True)
+            if rate > 0
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        if not self._parameters:
+            raise InputError(
+                "optimizer", type(inner).__name__, "has no trainable parameter.", "Unfreeze at least one parameter."
+            )
+        self._inner = inner
+        self._recorder = SignalRecorder(self._parameters, self.config.max_signal_size)
+        self._initial: list[torch.Tensor] | None = None
+        self._snapshot: dict[str, Any] | None = None
+        self._steps = 0  # optimizer steps accounted for
+        self._optimizer_steps = 0  # optimizer steps seen by the hook
+        self._signals: torch.Tensor | None = None
+        self._loss: torch.Tensor | None = None  # of the step under way, with the number of its micro-batches
+        self._micro_batches = 0
+        self._grad_norm: Any = None
+        self._pending: list[tuple[int, float, Any, Any]] = []  # step, rate, loss, gradient norm: not yet read
+        self.history: list[dict[str, Any]] = []
+        self.last_decision: Decision | None = None
+        self.last_meta_loss: float | None = None
+        self.seconds = 0.0
+        self._hook = inner.register_step_pre_hook(self._before_optimizer_step)
+        super().__init__(optimizer)
+
+    # What the training loop calls
+
+    def observe(self, loss: Any = None, grad_norm: Any = None) -> None:
+        """
+        Takes live metrics of the optimizer step under way. No device synchronisation happens here.
+
+        Args:
+            loss (`torch.Tensor` or `float`, *optional*): Mean loss of the batch, before any division for gradient
+                accumulation; with accumulation call once per micro-batch, and the mean is taken.
+            grad_norm (`torch.Tensor` or `float`, *optional*): Norm of the gradient before clipping, for the history.
+        """
+        if loss is not None:
+            loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
+            self._loss = loss if self._loss is None else self._loss + loss
+            self._micro_batches += 1
+        if grad_norm is not None:
+            self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
+
+    def observe_evaluation(self, loss: float, accuracy: float | None = None) -> None:
+        """Takes an evaluation on the controller's split (never on the split that is reported)."""
+        self.controller.observe_evaluation(float(loss), accuracy)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advances by the optimizer step just made; does nothing when none was made since the last call."""
+        if self._is_initial:
+            self.last_epoch = 0
+            self._step_count = 1
+            self._set_rates()
+            return
+        if self._optimizer_steps == self._steps:
+            return
+        start = time.perf_counter()
+        step = self._steps
+        self._steps = self._optimizer_steps
+        self.last_epoch += 1
+        self._step_count += 1
+        loss = None if self._loss is None else self._loss / self._micro_batches
+        self._pending.append((step, self.get_last_lr()[self._reference], loss, self._grad_norm))
+        self._loss, self._micro_batches, self._grad_norm = None, 0, None
+        if self._signals is not None:
+            signals, self._signals = self._signals, None
+            self._decide(step, self.flush(signals))
+        if self.controller.restart_window_over(self._steps):
+            self._initial = None
+        self._set_rates()
+        self.seconds += time.perf_counter() - start
+
+    def flush(self, signals: torch.Tensor | None = None) -> dict[str, float]:
+        """
+        Reads the losses gathered since the last decision, as means over all processes (all must call it).
+
+        Args:
+            signals (`torch.Tensor` of shape `[len(SIGNALS)]`, *optional*): Read along, in the same exchange.
+        """
+        device = self._recorder.device
+        with_loss = [i for i, entry in enumerate(self._pending) if entry[2] is not None]
+        losses = [torch.as_tensor(self._pending[i][2], dtype=torch.float64, device=device) for i in with_loss]
+        norms = [
+            torch.as_tensor(math.nan if entry[3] is None else entry[3], dtype=torch.float64, device=device)
+            for entry in self._pending
+        ]
+        parts = [x.reshape(1) for x in losses + norms] + ([signals] if signals is not None else [])
+        if not parts:
+            return {}
+        values = torch.cat(parts)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+            values /= torch.distributed.get_world_size()
+        values = values.tolist()
+        loss_of = dict(zip(with_loss, values, strict=False))
+        for i, (step, rate, _, _) in enumerate(self._pending):
+            loss = loss_of.get(i)
+            if loss is not None:
+                self.controller.observe(loss)
+            norm = values[len(losses) + i]
+            self.history.append(
+                {
+                    "step": step + 1,
+                    "loss": loss,
+                    "grad_norm": None if math.isnan(norm) else norm,
+                    "learning_rate": rate,
+                    "phase": self.controller.phase,
+                }
+            )
+        self._pending = []
+        return dict(zip(SIGNALS, values[len(losses) + len(norms) :], strict=False))
+
+    def drain_history(self) -> list[dict[str, Any]]:
+        """Hands the history over and forgets it."""
+        history, self.history = self.history, []
+        return history
+
+    def discard(self) -> None:
+        """Forgets the metrics of a step that mixed precision skipped."""
+        if self._optimizer_steps == self._steps:
+            self._loss, self._micro_batches, self._grad_norm = None, 0, None
+
+    def close(self) -> None:
+        """Takes the hook off the optimizer; the rates stay where they are."""
+        self._hook.remove()
+
+    # What happens around the optimizer's step
+
+    @torch.no_grad()
+    def _before_optimizer_step(self, *_: Any) -> None:
+        start = time.perf_counter()
+        step = self._optimizer_steps
+        if step == 0 and self._recorder.initial is None:
+            self._recorder.start()
+            if self.controller.restarts_possible:
+                self._initial = [t.detach().clone() for t in self._restored_tensors()]
+        if self.controller.is_decision(step):
+            self._signals = self._recorder.measure()
+        if self.controller.is_before_decision(step):
+            self._recorder.record_previous()
+        self._optimizer_steps = step + 1
+        self.seconds += time.perf_counter() - start
+
+    def _decide(self, step: int, signals: Mapping[str, float]) -> None:
+        decision = self.controller.decide(step, signals)
+        self.last_decision = decision
+        if decision.meta_loss is not None:
+            self.last_meta_loss = decision.meta_loss
+        if decision.action == "restart":
+            if self._initial is not None:
+                self._load(self._initial, {})
+                self._recorder.reset()
+        elif decision.action == "snapshot":
+            self._snapshot = {
+                "tensors": [t.detach().clone() for t in self._restored_tensors()],
+                "optimizer": _cloned_state(self._inner),
+                "recorder": self._recorder.state_dict(),
+            }
+        elif decision.action == "restore":
+            self._load(self._snapshot["tensors"], self._snapshot["optimizer"])
+            self._recorder.load_state_dict(self._snapshot["recorder"])
+        if decision.phase != "gather":
+            self._snapshot = None
+        self.history[-1].update(
+            phase=decision.phase,
+            log_multiplier=decision.log_multiplier,
+            correction=decision.correction,
+            action=decision.action,
+            meta_loss=decision.meta_loss,
+            network_change=decision.network_change,
+            features=dict(zip(FEATURE_NAMES, decision.features, strict=True)),
+        )
+
+    def _restored_tensors(self) -> list[torch.Tensor]:
+        buffers = list(self.model.buffers()) if self.model is not None else []
+        return [*self._parameters, *buffers]
+
+    @torch.no_grad()
+    def _load(self, tensors: list[torch.Tensor], optimizer_state: dict[int, dict[str, Any]]) -> None:
+        for target, source in zip(self._restored_tensors(), tensors, strict=True):
+            target.copy_(source)
+        self._inner.state.clear()
+        parameters = [p for group in self._inner.param_groups for p in group["params"]]
+        for index, values in optimizer_state.items():
+            self._inner.state[parameters[index]] = {
+                key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in values.items()
+            }
+
+    # Rates
+
+    @property
+    def _reference(self) -> int:
+        """Index of the group with the highest rate: the one that `min_lr` and `max_lr` speak of."""
+        return max(range(len(self.base_lrs)), key=lambda i: float(self.base_lrs[i]))
+
+    def get_lr(self) -> list[float]:
+        """Rates of all groups for the next optimizer step."""
+        factor = self.controller.learning_rate(self._steps) / self.controller.initial_learning_rate
+        return [float(base) * factor for base in self.base_lrs]
+
+    def _set_rates(self) -> None:
+        rates = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self._last_lr = rates
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the rest of the run: tensors and plain Python values alone (`weights_only=True`)."""
+        return {
+            "alrs_state_version": STATE_VERSION,
+            "feature_version": FEATURE_VERSION,
+            "config": self.config.to_dict(),
+            "controller": self.controller.state_dict(),
+            "recorder": self._recorder.state_dict(),
+            "initial": self._initial,
+            "snapshot": self._snapshot,
+            "steps": self._steps,
+            "optimizer_steps": self._optimizer_steps,
+            "pending": [list(entry) for entry in self._pending],
+            "base_lrs": [float(rate) for rate in self.base_lrs],
+            "last_lr": list(self._last_lr),
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Takes the run up where `state_dict` left it.
+
+        Raises:
+            `InputError`: If the state is not this scheduler's, or of another version, network shape or set of
+                parameters.
+        """
+        if "alrs_state_version" not in state_dict:
+            raise InputError(
+                "checkpoint",
+                sorted(state_dict)[:5],
+                "its scheduler state was not written by ALRS.",
+                "Resume with the scheduler that made it, or start a new output_dir.",
+            )
+        versions = (state_dict["alrs_state_version"], state_dict["feature_version"])
+        if versions != (STATE_VERSION, FEATURE_VERSION):
+            raise InputError(
+                "checkpoint",
+                versions,
+                f"its state and feature versions are not this package's {(STATE_VERSION, FEATURE_VERSION)}.",
+                "Resume with the hf-alrs release that made it.",
+            )
+        saved = state_dict["recorder"]["initial"]
+        if saved is not None and saved.shape != self._recorder._scale.shape:
+            raise InputError(
+                "checkpoint",
+                tuple(saved.shape),
+                f"it was made for other parameters than this model's {tuple(self._recorder._scale.shape)}.",
+                "Resume with the same model and max_signal_size.",
+            )
+        self.controller.load_state_dict(state_dict["controller"])
+        self._recorder.load_state_dict(state_dict["recorder"])
+        device = self._recorder.device
+        initial = state_dict["initial"]
+        self._initial = None if initial is None else [t.to(device) for t in initial]
+        self._snapshot = state_dict["snapshot"]
+        self._steps, self._optimizer_steps = state_dict["steps"], state_dict["optimizer_steps"]
+        self._pending = [tuple(entry) for entry in state_dict["pending"]]
+        self._signals, self._loss, self._micro_batches, self._grad_norm = None, None, 0, None
+        self.base_lrs = list(state_dict["base_lrs"])
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
+        self.seconds = state_dict["seconds"]
+        self._set_rates()
+
+
+def _cloned_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The optimizer's state by parameter index, tensors cloned."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        index: {
+            key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+            for key, value in optimizer.state[p].items()
+        }
+        for index, p in enumerate(parameters)
+        if p in optimizer.state
+    }
+
+
+def get_scheduler(
+    name: str | SchedulerType,
+    optimizer: Optimizer,
+    num_warmup_steps: int | None = None,
+    num_training_steps: int | None = None,
+    scheduler_specific_kwargs: dict[str, Any] | None = None,
+) -> LRScheduler:
+    """
+    Any scheduler by its name, with the signature of `transformers.get_scheduler`.
+
+    Args:
+        name (`str` or `SchedulerType`): `"alrs"`, torch's `"step"` and `"exponential"`, or a name of transformers.
+        optimizer (`torch.optim.Optimizer`): The optimizer whose rates are set.
+        num_warmup_steps (`int`, *optional*): Steps of linear warmup, where the scheduler has one.
+        num_training_steps (`int`, *optional*): Length of the run in optimizer steps.
+        scheduler_specific_kwargs (`dict`, *optional*): For `"alrs"` the arguments `config`, `steps_per_epoch` and
+            `model` of [`ALRSScheduler`]; for `"step"` `step_size` (default: a third of the run) and `gamma` (0.1); for
+            `"exponential"` `gamma` (default: a decay to 1 % over the run), both in optimizer steps.
+
+    Raises:
+        `InputError`: If the name is unknown or `num_training_steps` is missing where it is needed.
+    """
+    kwargs = dict(scheduler_specific_kwargs or {})
+    name = name.value if isinstance(name, SchedulerType) else name
+    if name in ("alrs", "step", "exponential") and num_training_steps is None:
+        raise InputError("num_training_steps", None, f"is needed by the {name!r} scheduler.", "Pass it.")
+    if name == "alrs":
+        return ALRSScheduler(optimizer, num_training_steps, num_warmup_steps or 0, **kwargs)
+    if name == "step":
+        return StepLR(optimizer, **({"step_size": max(1, num_training_steps // 3)} | kwargs))
+    if name == "exponential":
+        return ExponentialLR(optimizer, **({"gamma": 0.01 ** (1 / num_training_steps)} | kwargs))
+    known = ["alrs", "step", "exponential", *(member.value for member in SchedulerType)]
+    if name not in known:
+        raise InputError("scheduler", name, f"must be one of {', '.join(known)}.", "Check the spelling.")
+    return transformers.get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=num_warmup_steps,
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=scheduler_specific_kwargs,
+    )

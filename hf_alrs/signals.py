@@ -1,0 +1,127 @@
+"""
+Inner products of gradients, updates and weights, measured on a strided subsample of the optimizer's parameters.
+
+Only the step before a decision and the step of the decision are looked at; on all other steps nothing is read. At most
+`max_size` coordinates of a tensor enter, scaled so that inner products are unbiased.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .features import SIGNALS
+
+
+class SignalRecorder:
+    """
+    Measures the signals of `hf_alrs.features.SIGNALS` on live parameters.
+
+    Args:
+        parameters (`Sequence[torch.nn.Parameter]`): Trained parameters.
+        max_size (`int`): Coordinates per tensor; a tensor of n coordinates is read at stride n // max_size.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], max_size: int):
+        self.parameters = list(parameters)
+        self.device = self.parameters[0].device
+        self._strides = [1 if p.numel() <= max_size else (p.numel() // max_size) | 1 for p in self.parameters]
+        sizes = [len(range(0, p.numel(), stride)) for p, stride in zip(self.parameters, self._strides, strict=True)]
+        # sqrt(n / subsample) on both factors of a product makes the sum over the subsample an unbiased estimate
+        self._scale = torch.cat(
+            [torch.full((k,), math.sqrt(p.numel() / k)) for k, p in zip(sizes, self.parameters, strict=True)]
+        ).to(self.device)
+        self._sizes = torch.tensor(sizes, device=self.device)
+        matrices = [i for i, p in enumerate(self.parameters) if p.dim() > 1]
+        self._matrices = torch.tensor(matrices, dtype=torch.long, device=self.device)
+        widths = [0.5 * math.log(min(p.shape[0], p[0].numel())) for p in self.parameters if p.dim() > 1]
+        self._constants = {
+            "matrix_width": sum(widths) / len(widths) if widths else 0.0,
+            "matrix_count": math.log(max(len(matrices), 1)),
+            "size": 0.5 * math.log(sum(p.numel() for p in self.parameters)),
+        }
+        self.initial: torch.Tensor | None = None
+        self._gradient: torch.Tensor | None = None  # one step before the decision
+        self._weights: torch.Tensor | None = None
+        self._last_weights: torch.Tensor | None = None  # at the last decision
+        self._displacement: torch.Tensor | None = None  # between the last two decisions
+
+    def _gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        parts = [t.detach().reshape(-1)[::stride] for t, stride in zip(tensors, self._strides, strict=True)]
+        return torch.cat([part.to(self.device, torch.float32) for part in parts]).mul_(self._scale)
+
+    def _gradients(self) -> torch.Tensor:
+        return self._gather([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters])
+
+    def start(self) -> None:
+        """Keeps the initial weights (the subsample of them)."""
+        self.initial = self._gather(self.parameters)
+        self._last_weights = self.initial
+
+    def record_previous(self) -> None:
+        """Keeps the gradient and the weights of the step before a decision, before the optimizer moves them."""
+        self._gradient, self._weights = self._gradients(), self._gather(self.parameters)
+
+    def measure(self) -> torch.Tensor | None:
+        """
+        Signals at the step of a decision, before the optimizer moves the weights.
+
+        Returns:
+            `torch.Tensor` of shape `[len(SIGNALS)]`, float64, on the parameters' device; `None` where the step before
+            was not recorded (right after a restart).
+        """
+        if self._weights is None:
+            return None
+        g, w = self._gradients(), self._gather(self.parameters)
+        h, u = self._gradient, w - self._weights
+        x, d = w - self.initial, w - self._last_weights
+        e = self._displacement if self._displacement is not None else torch.zeros_like(d)
+        squares_u = torch.segment_reduce(u * u, "sum", lengths=self._sizes)
+        squares_w = torch.segment_reduce(w * w, "sum", lengths=self._sizes)
+        zeros = torch.segment_reduce((g == 0).float(), "mean", lengths=self._sizes)
+        ratio = 0.5 * ((squares_u + 1e-20) / (squares_w + 1e-20)).log()
+        none = g.new_zeros(())
+        values = {
+            "gg": g.dot(g),
+            "gh": g.dot(h),
+            "hh": h.dot(h),
+            "gu": g.dot(u),
+            "hu": h.dot(u),
+            "uu": squares_u.sum(),
+            "ww": squares_w.sum(),
+            "gx": g.dot(x),
+            "xx": x.dot(x),
+            "initial": self.initial.dot(self.initial),
+            "dd": d.dot(d),
+            "de": d.dot(e),
+            "ee": e.dot(e),
+            "matrix_update_ratio": ratio[self._matrices].mean() if len(self._matrices) else none,
+            "zero_gradient": zeros[self._matrices].mean() if len(self._matrices) else none,
+        }
+        self._displacement, self._last_weights = d, w
+        measured = torch.stack([values[name] for name in SIGNALS if name in values]).double()
+        result = measured.new_empty(len(SIGNALS))
+        known = [i for i, name in enumerate(SIGNALS) if name in values]
+        result[known] = measured
+        for i, name in enumerate(SIGNALS):
+            if name in self._constants:
+                result[i] = self._constants[name]
+        return result
+
+    def reset(self) -> None:
+        """Forgets all but the initial weights: the weights are back there."""
+        self._gradient = self._weights = self._displacement = None
+        self._last_weights = self.initial
+
+    _TENSORS = ("initial", "_gradient", "_weights", "_last_weights", "_displacement")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._TENSORS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self._TENSORS:
+            value = state[name]
+            setattr(self, name, None if value is None else value.to(self.device))

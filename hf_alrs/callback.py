@@ -44,6 +44,7 @@ class ALRSCallback(TrainerCallback):
 
     Attributes:
         scheduler (`ALRSScheduler`): Of the present or last run.
+        phases (`list[str]`): Phase of each optimizer step since training began or was resumed.
 
     Raises:
         `InputError`: At the start of training, if the script's scheduler is stepped with a metric, or the checkpoint
@@ -54,6 +55,7 @@ class ALRSCallback(TrainerCallback):
         self.config = config or ALRSConfig()
         self.write_history = write_history
         self.scheduler: ALRSScheduler | None = None
+        self.phases: list[str] = []
         self._forward_hook: Any = None
         self._loss_seen = False
         self._loss_missed = False
@@ -70,6 +72,7 @@ class ALRSCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._detach()
+        self.phases = []
         if isinstance(lr_scheduler, ALRSScheduler):
             self.scheduler, self._loss_seen = lr_scheduler, True
         else:
@@ -179,6 +182,7 @@ class ALRSCallback(TrainerCallback):
 
     def _write_history(self, args: TrainingArguments, state: TrainerState) -> None:
         entries = self.scheduler.drain_history()
+        self.phases += [entry["phase"] for entry in entries]
         if entries and self.write_history and state.is_world_process_zero:
             with open(Path(args.output_dir) / HISTORY_NAME, "a") as file:
                 file.writelines(json.dumps(_finite(entry)) + "\n" for entry in entries)
@@ -206,7 +210,8 @@ class ALRSTrainer(Trainer):
                 "the DeepSpeed configuration holds a scheduler, which would override ALRS.",
                 "Take the `scheduler` section out of it.",
             )
-        self.add_callback(ALRSCallback(self.alrs_config))
+        self.alrs_callback = ALRSCallback(self.alrs_config)
+        self.add_callback(self.alrs_callback)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -110,8 +110,6 @@ class ALRSConfig:
 
     def __post_init__(self) -> None:
         self.hidden_sizes = tuple(self.hidden_sizes)
-        if self.num_probes is None:
-            self.num_probes = 7 if self.network == "scratch" else 0
         self._check(
             "hidden_sizes",
             len(self.hidden_sizes) > 0 and all(isinstance(n, int) and n > 0 for n in self.hidden_sizes),
@@ -122,7 +120,7 @@ class ALRSConfig:
             self._check_span(name, getattr(self, name))
         if self.decision_interval != "epoch":
             self._check_span("decision_interval", self.decision_interval)
-        for name in ("num_probes", "meta_num_epochs", "feedback_interval", "max_restarts", "seed"):
+        for name in ("probes", "meta_num_epochs", "feedback_interval", "max_restarts", "seed"):
             value = getattr(self, name)
             self._check(
                 name, isinstance(value, int) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more."
@@ -155,6 +153,13 @@ class ALRSConfig:
             "must lie between 0 and 1.",
             "Use 0.13.",
         )
+
+    @property
+    def probes(self) -> int:
+        """`num_probes`, with its default resolved."""
+        if self.num_probes is not None:
+            return self.num_probes
+        return 7 if self.network == "scratch" else 0
 
     def _check(self, name: str, holds: bool, rule: str, remedy: str) -> None:
         if not holds:

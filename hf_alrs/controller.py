@@ -282,7 +282,7 @@ class ALRSController:
 
         if self._probing:
             return self._decide_probe(step, features, count)
-        if not self.jumped and count == self._first_jump and self.config.num_probes > 0 and finite:
+        if not self.jumped and count == self._first_jump and self.config.probes > 0 and finite:
             self._remember(features, math.nan, count)
             self._before_probes = (self.state, self.log_multiplier, features.tolist())
             return self._start_probe(step, features, "snapshot")
@@ -361,14 +361,14 @@ class ALRSController:
 
     @property
     def _probing(self) -> bool:
-        return 0 <= self._probe < self.config.num_probes
+        return 0 <= self._probe < self.config.probes
 
     def _start_probe(self, step: int, features: np.ndarray, action: str) -> Decision:
         self._probe += 1
         self._probe_losses = []
         self._probe_start = step + 1
         self.state, log_multiplier, _ = self._before_probes
-        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.num_probes)
+        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.probes)
         self.log_multiplier = log_multiplier
         self._move(float(offsets[self._probe]))
         return Decision(GATHER, self.log_multiplier, None, action, features.tolist())
@@ -379,7 +379,7 @@ class ALRSController:
             return Decision(GATHER, self.log_multiplier, None, None, features.tolist())
         tail = self._probe_losses[len(self._probe_losses) // 2 :]
         self._probe_outcomes.append(float(np.mean(tail)))
-        if self._probe + 1 < self.config.num_probes:
+        if self._probe + 1 < self.config.probes:
             return self._start_probe(step, features, "restore")
         self._probe += 1
         self.state, self.log_multiplier, first = self._before_probes
@@ -394,12 +394,12 @@ class ALRSController:
 
     def _probe_verdict(self) -> float | None:
         """ln(best probed rate / initial rate): the minimum of the smoothed curve of losses over rates."""
-        if self._probe < self.config.num_probes or not self._probe_outcomes:
+        if self._probe < self.config.probes or not self._probe_outcomes:
             return None
         curve = np.log(np.maximum(self._probe_outcomes, 1e-6))
         padded = np.concatenate([curve[:1], curve, curve[-1:]])
         smooth = 0.25 * padded[:-2] + 0.5 * padded[1:-1] + 0.25 * padded[2:]
-        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.num_probes)
+        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.probes)
         return float(offsets[int(np.argmin(smooth))])
 
     # The network's own training

@@ -1,16 +1,26 @@
-"""What an experiment is made of: a task, one run of it, and a resumable matrix of runs."""
+"""What an experiment is made of: a task, and one run of it under a named scheduler."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import InputError
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from .baselines import BASELINES, Baseline, scheduler_kwargs
+from .callback import ALRSTrainer
+from .config import ALRSConfig, InputError
+from .scheduler import get_scheduler
 
 
-__all__ = ["DataArguments", "InputError", "PreparedTask", "Task"]
+__all__ = ["DataArguments", "InputError", "PreparedTask", "Task", "build_trainer", "find_baseline"]
+
+# Keys of the evaluation sets during training: metrics read `eval_controller_loss`, `eval_held_out_loss`
+CONTROLLER, HELD_OUT = "controller", "held_out"
 
 
 @dataclass
@@ -50,7 +60,7 @@ class DataArguments:
     controller_split: float = field(
         default=0.1, metadata={"help": "Share of train carved out for the controller; 0 carves none."}
     )
-    data_seed: int = field(default=0, metadata={"help": "Seed of the splits and subsets."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the splits and subsets."})
     num_folds: int = field(
         default=5, metadata={"help": "Tabular data without an eval split: 1/num_folds is held out."}
     )
@@ -107,3 +117,99 @@ class Task:
     prepare: Callable[[DataArguments], PreparedTask]
     recipe: Path
     description: str
+
+
+class NamedSchedulerTrainer(Trainer):
+    """A `Trainer` whose scheduler is any name that `hf_alrs.get_scheduler` knows."""
+
+    def __init__(self, *args: Any, baseline: Baseline, **kwargs: Any):
+        self.baseline = baseline
+        super().__init__(*args, **kwargs)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            warmup, kwargs = scheduler_kwargs(self.baseline, num_training_steps)
+            self.lr_scheduler = get_scheduler(
+                self.baseline.scheduler,
+                optimizer if optimizer is not None else self.optimizer,
+                num_warmup_steps=max(warmup, self.args.get_warmup_steps(num_training_steps)),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=kwargs,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+def find_baseline(name: str) -> Baseline:
+    """
+    The entry of `BASELINES` called `name`.
+
+    Raises:
+        `InputError`: If there is none.
+    """
+    if name not in BASELINES:
+        raise InputError("scheduler", name, f"must be one of {', '.join(BASELINES)}.", "Check the spelling.")
+    return BASELINES[name]
+
+
+def build_trainer(
+    prepared: PreparedTask,
+    model: torch.nn.Module,
+    args: TrainingArguments,
+    scheduler: str,
+    alrs_config: ALRSConfig | None = None,
+) -> Trainer:
+    """
+    The Trainer that runs a prepared task under a named scheduler.
+
+    While it trains, it evaluates the controller's split as `eval_controller_*`, which may drive the rate, and the eval
+    split as `eval_held_out_*`, which never does.
+
+    Args:
+        prepared (`PreparedTask`): Data, collator and metrics.
+        model (`torch.nn.Module`): What is trained.
+        args (`TrainingArguments`): Of the run; changed where the scheduler asks for it.
+        scheduler (`str`): A key of `hf_alrs.baselines.BASELINES`.
+        alrs_config (`ALRSConfig`, *optional*): For ALRS; ablations change it.
+
+    Raises:
+        `InputError`: If the scheduler is unknown, or needs a controller split that the task has not.
+    """
+    baseline = find_baseline(scheduler)
+    if baseline.optimizer == "schedule_free":
+        args.optim = "schedule_free_sgd" if args.optim == "sgd" else "schedule_free_adamw"
+        args.lr_scheduler_type = "constant"
+    if baseline.needs_evaluation:
+        if prepared.controller_dataset is None:
+            raise InputError(
+                "controller_split",
+                0,
+                f"the {scheduler!r} scheduler is stepped with the loss on the controller's split.",
+                "Set --controller_split 0.1.",
+            )
+        args.metric_for_best_model = f"eval_{CONTROLLER}_loss"
+        args.greater_is_better = False
+        if args.eval_strategy == IntervalStrategy.NO:
+            args.eval_strategy = IntervalStrategy.EPOCH
+    eval_datasets = {HELD_OUT: prepared.eval_dataset}
+    if prepared.controller_dataset is not None:
+        eval_datasets = {CONTROLLER: prepared.controller_dataset, **eval_datasets}
+    common: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "train_dataset": prepared.train_dataset,
+        "eval_dataset": eval_datasets,
+        "data_collator": prepared.data_collator,
+        "compute_metrics": prepared.compute_metrics,
+        "processing_class": prepared.processing_class,
+    }
+    if baseline.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        common["optimizer_cls_and_kwargs"] = (Prodigy, {"lr": 1.0, "weight_decay": args.weight_decay})
+    if baseline.alrs_config is None:
+        return NamedSchedulerTrainer(baseline=baseline, **common)
+    config = replace(alrs_config or ALRSConfig(), **baseline.alrs_config)
+    return ALRSTrainer(alrs_config=config, **common)

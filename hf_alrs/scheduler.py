@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, StepLR
+from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR, StepLR
 from transformers import SchedulerType
 
 from .config import ALRSConfig, InputError
@@ -20,6 +20,7 @@ from .signals import SignalRecorder
 
 
 STATE_VERSION = 1
+_OWN_NAMES = ("alrs", "step", "exponential", "one_cycle")
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
@@ -385,20 +386,22 @@ def get_scheduler(
     Any scheduler by its name, with the signature of `transformers.get_scheduler`.
 
     Args:
-        name (`str` or `SchedulerType`): `"alrs"`, torch's `"step"` and `"exponential"`, or a name of transformers.
+        name (`str` or `SchedulerType`): `"alrs"`, torch's `"step"`, `"exponential"` and `"one_cycle"`, or a name of
+            transformers.
         optimizer (`torch.optim.Optimizer`): The optimizer whose rates are set.
         num_warmup_steps (`int`, *optional*): Steps of linear warmup, where the scheduler has one.
         num_training_steps (`int`, *optional*): Length of the run in optimizer steps.
         scheduler_specific_kwargs (`dict`, *optional*): For `"alrs"` the arguments `config`, `steps_per_epoch` and
             `model` of [`ALRSScheduler`]; for `"step"` `step_size` (default: a third of the run) and `gamma` (0.1); for
-            `"exponential"` `gamma` (default: a decay to 1 % over the run), both in optimizer steps.
+            `"exponential"` `gamma` (default: a decay to 1 % over the run), both in optimizer steps; for `"one_cycle"`
+            what torch's `OneCycleLR` takes (default: the optimizer's rates as the maximum).
 
     Raises:
         `InputError`: If the name is unknown or `num_training_steps` is missing where it is needed.
     """
     kwargs = dict(scheduler_specific_kwargs or {})
     name = name.value if isinstance(name, SchedulerType) else name
-    if name in ("alrs", "step", "exponential") and num_training_steps is None:
+    if name in _OWN_NAMES and num_training_steps is None:
         raise InputError("num_training_steps", None, f"is needed by the {name!r} scheduler.", "Pass it.")
     if name == "alrs":
         return ALRSScheduler(optimizer, num_training_steps, num_warmup_steps or 0, **kwargs)
@@ -406,7 +409,10 @@ def get_scheduler(
         return StepLR(optimizer, **({"step_size": max(1, num_training_steps // 3)} | kwargs))
     if name == "exponential":
         return ExponentialLR(optimizer, **({"gamma": 0.01 ** (1 / num_training_steps)} | kwargs))
-    known = ["alrs", "step", "exponential", *(member.value for member in SchedulerType)]
+    if name == "one_cycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, **({"max_lr": rates, "total_steps": num_training_steps} | kwargs))
+    known = [*_OWN_NAMES, *(member.value for member in SchedulerType)]
     if name not in known:
         raise InputError("scheduler", name, f"must be one of {', '.join(known)}.", "Check the spelling.")
     return transformers.get_scheduler(

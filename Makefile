@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := hf_alrs tasks tests run_glue_alrs.py run_vision_alrs.py
+
+.PHONY: demo test test-slow quality style
+
+# Rebuilt whenever the dependencies change
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python run_glue_alrs.py --output_dir outputs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+quality: .venv/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+style: .venv/installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)

@@ -1,0 +1,530 @@
+"""Argument dataclasses and commands: the run scripts and `hf-alrs`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .baselines import BASELINES
+from .callback import HISTORY_NAME
+from .config import ALRSConfig, InputError
+from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
+from .matrix import Experiment, RunSpec, build_matrix, missing, run_matrix, split_sizes
+from .report import build_report
+
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "hf_alrs.tasks"
+SAMPLE = "sample"
+
+
+@dataclass
+class ALRSArguments:
+    """The scheduler, and the fields of `ALRSConfig` as the command line spells them."""
+
+    scheduler: str = field(default="alrs", metadata={"help": f"What sets the learning rate: {', '.join(BASELINES)}."})
+    network: str = field(
+        default="default", metadata={"help": "`default` (shipped weights), `scratch`, a folder or a Hub id."}
+    )
+    hidden_sizes: list[int] = field(
+        default_factory=lambda: [64, 32], metadata={"help": "Hidden layers of the network."}
+    )
+    phase1_steps: str = field(
+        default="0.025", metadata={"help": "Length of phase 1: steps (`50`) or a fraction (`0.025`)."}
+    )
+    decision_interval: str = field(
+        default="0.0125", metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
+    )
+    feedback_interval: int = field(
+        default=8, metadata={"help": "Decisions between updates of the network in phase 3; 0: none."}
+    )
+    meta_num_epochs: int = field(default=10, metadata={"help": "Epochs of phase 2; 0: none."})
+    num_probes: int | None = field(default=None, metadata={"help": "Trial runs at the end of phase 1."})
+    max_restarts: int = field(default=3, metadata={"help": "Restarts from the initial weights; 0 keeps no copy."})
+    min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
+    max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})
+
+    def to_config(self, seed: int) -> ALRSConfig:
+        """The `ALRSConfig` that these arguments spell."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scheduler"}
+        for name in ("phase1_steps", "decision_interval"):
+            values[name] = _span(name, values[name])
+        return ALRSConfig(**values, seed=seed)
+
+
+@dataclass
+class RunArguments:
+    """What a run script reads besides."""
+
+    config: str | None = field(
+        default=None,
+        metadata={"help": "YAML recipe whose keys are these options; the command line overrides it."},
+    )
+
+
+@dataclass
+class CompareArguments:
+    """The matrix of runs: every scheduler from every rate with every seed."""
+
+    schedulers: list[str] = field(
+        default_factory=lambda: ["alrs", "constant", "linear", "step", "exponential", "reduce_lr_on_plateau"],
+        metadata={"help": "Schedulers to compare."},
+    )
+    learning_rates: list[float] = field(
+        default_factory=list, metadata={"help": "Initial rates; default: --learning_rate."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds, paired over schedulers."})
+    num_evaluations: int = field(
+        default=10, metadata={"help": "Evaluations spread over each run, for learning curves and plateau schedulers."}
+    )
+    jobs: int = field(default=1, metadata={"help": "Runs at a time, each in a process of its own."})
+
+    def __post_init__(self) -> None:
+        for name in self.schedulers:
+            find_baseline(name)
+        for rate in self.learning_rates:
+            if not (0 < rate < float("inf")):
+                raise InputError("learning_rates", rate, "must be finite and above 0.", "Give for example 1e-4 1e-3.")
+        for name in ("jobs", "num_evaluations"):
+            if getattr(self, name) < 1:
+                raise InputError(name, getattr(self, name), "must be at least 1.", "Use 1 or more.")
+
+
+_COMPARE_OPTIONS = ("--schedulers", "--learning_rates", "--learning-rates", "--seeds")
+
+
+def _span(name: str, text: str) -> int | float | str:
+    text = str(text)
+    if text == "epoch":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            name, text, "must be steps (a whole number), a fraction of the run, or `epoch`.", "Write 50 or 0.025."
+        ) from None
+
+
+# Tasks
+
+
+def installed_tasks() -> dict[str, Task]:
+    """The tasks of all installed packages that declare some (entry-point group `hf_alrs.tasks`)."""
+    tasks: dict[str, Task] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        tasks.update(entry.load())
+    return tasks
+
+
+def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
+    """
+    A task by its name, or by `package.module:TASK`.
+
+    Raises:
+        `InputError`: If there is none.
+    """
+    if name in tasks:
+        return tasks[name]
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                "task", name, f"could not be imported ({error}).", "Give package.module:TASK of an installed package."
+            ) from error
+    raise InputError("task_name", name, f"must be one of {', '.join(sorted(tasks))}.", "Check the spelling.")
+
+
+# Recipes
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """
+    A recipe: a YAML mapping of command-line options.
+
+    Raises:
+        `InputError`: If the file is missing or not such a mapping.
+    """
+    if not path.is_file():
+        raise InputError("config", str(path), "is not a file.", "Give the path of a YAML recipe.")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError("config", str(path), f"is not valid YAML ({error}).", "Correct the file.") from error
+    if not isinstance(recipe, dict):
+        raise InputError("config", str(path), "is not a mapping of options.", "Write `option: value` lines.")
+    return recipe
+
+
+def recipe_arguments(recipe: Mapping[str, Any]) -> list[str]:
+    """The options of a recipe as the command line would spell them."""
+    arguments: list[str] = []
+    for key, value in recipe.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{key}", *(str(v) for v in values)]
+    return arguments
+
+
+def task_recipe(task: Task, dataset_name: str | None, model_type: str | None) -> dict[str, Any]:
+    """The recipe that goes with a task: that of its sample, of the named model, or its own."""
+    folder = task.recipe.parent
+    candidates = [folder / f"{task.name}-{model_type}.yaml", task.recipe] if model_type else [task.recipe]
+    if dataset_name == SAMPLE:
+        candidates = [folder / f"sample-{task.kind}.yaml"]
+    for path in candidates:
+        if path.is_file():
+            # Which task and which data are the command's to say
+            return {k: v for k, v in read_recipe(path).items() if k not in ("task_name", "dataset_name", "model_type")}
+    return {}
+
+
+def parse(
+    arguments: Sequence[str], dataclass_types: Sequence[type], tasks: Mapping[str, Task], default_task: str
+) -> tuple[Task, tuple[Any, ...], dict[str, Any]]:
+    """
+    Parses a command line over the task's recipe and the file of `--config`; later ones win.
+
+    Without a task, a dataset or a recipe the built-in sample is run.
+
+    Returns:
+        `tuple`: The task, an instance of each dataclass, and the options that differ from their defaults.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "task_name", "dataset_name", "model_type"):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
+    first.add_argument("--task", dest="task_name")
+    known, rest = first.parse_known_args(arguments)
+    given = {"task_name": known.task_name, "dataset_name": known.dataset_name, "model_type": known.model_type}
+    recipe = read_recipe(Path(known.config)) if known.config else {}
+    if not any(given.values()) and not recipe:
+        given["dataset_name"] = SAMPLE
+        print(f"No task and no dataset given: running {default_task} on the built-in offline sample.")
+    chosen = {key: value or recipe.get(key) for key, value in given.items()}
+    task = find_task(chosen["task_name"] or default_task, tasks)
+    chosen["task_name"] = task.name
+    merged = [
+        *recipe_arguments(task_recipe(task, chosen["dataset_name"], chosen["model_type"])),
+        *recipe_arguments({key: value for key, value in recipe.items() if key not in chosen}),
+        *rest,
+        *recipe_arguments(chosen),
+        *(["--config", known.config] if known.config else []),
+    ]
+    if not any(argument.split("=")[0] in ("--output_dir", "--output-dir") for argument in merged):
+        merged += ["--output_dir", str(Path("outputs") / task.name)]
+    if not any(argument.split("=")[0] in ("--report_to", "--report-to") for argument in merged):
+        merged += ["--report_to", "none"]
+    if not sys.stderr.isatty() and not any(argument.startswith("--disable_tqdm") for argument in merged):
+        merged += ["--disable_tqdm", "True"]
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    options = vars(parser.parse_args(merged))
+    changed = {name: value for name, value in options.items() if value != parser.get_default(name)}
+    return task, parser.parse_args_into_dataclasses(merged, look_for_args_file=False), changed
+
+
+# Training
+
+
+def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> dict[str, float]:
+    """
+    One run of a task: train, evaluate, predict, save.
+
+    Returns:
+        `dict[str, float]`: The metrics of the last evaluation, with `eval_` keys and `epoch`.
+    """
+    types = (DataArguments, ALRSArguments, RunArguments, TrainingArguments)
+    task, (data, alrs, _, args), _ = parse(arguments, types, tasks, default_task)
+    find_baseline(alrs.scheduler)
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    config = alrs.to_config(args.seed)
+    _set_up_logging(args)
+    if not (args.do_train or args.do_eval or args.do_predict):
+        args.do_train = args.do_eval = True
+    with args.main_process_first(desc="dataset"):
+        prepared = task.prepare(data)
+    _print_plan(task, prepared, args, alrs.scheduler)
+    set_seed(args.seed)
+    trainer = build_trainer(prepared, prepared.model_init(), args, alrs.scheduler, config)
+    checkpoint = args.resume_from_checkpoint or _last_checkpoint(args.output_dir)
+    metrics: dict[str, float] = {}
+    if args.do_eval and args.do_train and checkpoint is None:
+        before = _evaluate(trainer, prepared)
+        trainer.save_metrics("benchmark", before, combined=False)
+        _print_dictionary("Benchmark Results (before training)", {k: v for k, v in before.items() if k != "epoch"})
+    if args.do_train:
+        if checkpoint is not None:
+            logger.warning("Resuming from %s; give another --output_dir to start afresh.", checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = _evaluate(trainer, prepared)
+        metrics.setdefault("epoch", trainer.state.epoch or 0.0)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        _print_dictionary("Results", metrics)
+    if args.do_predict:
+        _predict(trainer, prepared)
+    if trainer.is_world_process_zero() and (Path(args.output_dir) / HISTORY_NAME).exists():
+        print(f"Learning rate, loss and decisions of every step: {Path(args.output_dir) / HISTORY_NAME}")
+    return metrics
+
+
+def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> None:
+    """
+    A matrix of runs and its report; runs that are already stored are not repeated.
+
+    Exits with code 1 when a run failed.
+    """
+    types = (DataArguments, ALRSArguments, RunArguments, CompareArguments, TrainingArguments)
+    task, (data, alrs, _, matrix, args), changed = parse(arguments, types, tasks, default_task)
+    _set_up_logging(args)
+    names = {f.name for f in fields(TrainingArguments)}
+    output_dir = Path(args.output_dir)
+    rates = matrix.learning_rates or [args.learning_rate]
+    specs = build_matrix(task.name, matrix.schedulers, rates, matrix.seeds)
+    experiment = Experiment(
+        task=task,
+        data=data,
+        arguments={name: value for name, value in changed.items() if name in names},
+        alrs_config=alrs.to_config(seed=0),
+        num_evaluations=matrix.num_evaluations,
+    )
+    left = missing(specs, output_dir)
+    print(
+        f"{len(specs)} runs: {len(matrix.schedulers)} schedulers x {len(rates)} rates x {len(matrix.seeds)} seeds; "
+        f"{len(specs) - len(left)} are stored in {output_dir}, {len(left)} are left.",
+        flush=True,
+    )
+    with MatrixProgress(len(left)) as progress:
+        failed = run_matrix(experiment, specs, output_dir, matrix.jobs, progress.on_step, progress.on_done)
+    summary = build_report(output_dir)
+    _print_summary(summary, output_dir)
+    if failed:
+        print(f"error: {failed} run(s) failed; their result files hold the errors.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _print_summary(summary: Mapping[str, Any], output_dir: Path) -> None:
+    """The two dictionaries, the table of schedulers and the conclusion, as text."""
+    for name, shown in summary["shown_runs"].items():
+        for title, key in (("Results", "results"), ("Benchmark Results (before training)", "benchmark_results")):
+            scores = summary[key].get(name) or {}
+            clock = summary["timing"][key].get(name) or {}
+            _print_dictionary(f"{name}, {shown['scheduler']}, seed {shown['seed']}: {title}", {**scores, **clock})
+        table = summary["tasks"][name]
+        print(f"\n{'scheduler':24}{'initial rate':>13}{'runs':>6}  final loss          {table['score']}")
+        for cell in table["cells"]:
+            loss, score = cell["final"]["eval_loss"], cell["final"][table["score"]]
+            print(
+                f"{cell['scheduler']:24}{cell['learning_rate']:>13g}{cell['num_runs']:>6}  "
+                f"{loss['mean']:.4f} +- {loss['standard_deviation']:.4f}   "
+                f"{score['mean']:.4f} +- {score['standard_deviation']:.4f}"
+            )
+    print("\nConclusion")
+    for sentence in summary["conclusion"]:
+        print(f"- {sentence['text']}")
+    print(f"\nReport: {output_dir / 'report.html'}")
+
+
+class MatrixProgress:
+    """One bar for a matrix of runs on a terminal, a line for each run elsewhere."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+        self.start = time.monotonic()
+        self.bar: Progress | None = None
+        if sys.stdout.isatty():
+            self.bar = Progress(
+                TextColumn("{task.completed:.1f} of {task.total:.0f} runs"),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self.bar_task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> MatrixProgress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_step(self, spec: RunSpec, step: int, total: int, loss: float | None) -> None:
+        if self.bar is not None:
+            text = f"{spec.scheduler} lr {spec.learning_rate:g} seed {spec.seed}: step {step}/{total} loss {loss:.4f}"
+            self.bar.update(self.bar_task, completed=self.done + step / total, description=text)
+
+    def on_done(self, spec: RunSpec, status: str) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update(self.bar_task, completed=self.done)
+            return
+        elapsed = time.monotonic() - self.start
+        left = elapsed / self.done * (self.total - self.done)
+        print(
+            f"[{self.done}/{self.total}] {spec.task} {spec.scheduler} lr {spec.learning_rate:g} seed {spec.seed}: "
+            f"{status}, about {left:.0f} s left",
+            flush=True,
+        )
+
+
+def _evaluate(trainer: Trainer, prepared: PreparedTask) -> dict[str, float]:
+    metrics = trainer.evaluate(prepared.eval_dataset)
+    metrics.pop("eval_model_preparation_time", None)
+    return metrics
+
+
+def _set_up_logging(args: TrainingArguments) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    level = args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
+    logging.getLogger("hf_alrs").setLevel(max(level, logging.INFO))
+
+
+def _print_plan(task: Task, prepared: PreparedTask, args: TrainingArguments, scheduler: str) -> None:
+    if args.process_index != 0:
+        return
+    print(f"Task {task.name}: {prepared.source}")
+    print("Splits: " + ", ".join(f"{name} {size:,}" for name, size in split_sizes(prepared).items()))
+    print(
+        f"Scheduler {scheduler} from learning rate {args.learning_rate:g}, batch "
+        f"{args.per_device_train_batch_size} on each of {args.world_size} process(es), "
+        f"optimizer {args.optim}, seed {args.seed}",
+        flush=True,
+    )
+
+
+def _print_dictionary(title: str, metrics: Mapping[str, float]) -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    print(f"\n{title}:\n" + json.dumps(dict(metrics), indent=4), flush=True)
+
+
+def _last_checkpoint(output_dir: str) -> str | None:
+    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+
+
+def _predict(trainer: Trainer, prepared: PreparedTask) -> None:
+    if prepared.predict_dataset is None:
+        raise InputError("do_predict", True, "this dataset has no unlabelled split.", "Leave --do_predict out.")
+    logits = trainer.predict(prepared.predict_dataset, metric_key_prefix="predict").predictions
+    if not trainer.is_world_process_zero():
+        return
+    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+    if prepared.label_names is None:
+        predictions = [f"{value:.4f}" for value in logits.reshape(len(logits))]
+    else:
+        single = logits.ndim == 1 or logits.shape[-1] == 1
+        classes = (logits.reshape(-1) > 0).astype(int) if single else logits.argmax(-1)
+        predictions = [prepared.label_names[i] for i in classes]
+    path = Path(trainer.args.output_dir) / "predict_results.txt"
+    path.write_text("index\tprediction\n" + "".join(f"{i}\t{p}\n" for i, p in enumerate(predictions)))
+    print(f"Predictions: {path}")
+
+
+# Commands
+
+
+def run_script(tasks: Mapping[str, Task], default_task: str) -> None:
+    """The body of a run script: trains, and turns an input error into one message and exit code 2."""
+    _guard(lambda arguments: train_or_compare(arguments, tasks, default_task), sys.argv[1:])
+
+
+def train_or_compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> None:
+    """One run, or a matrix of runs where the command line names several."""
+    several = any(argument.split("=")[0] in _COMPARE_OPTIONS for argument in arguments)
+    (compare if several else train)(arguments, tasks, default_task)
+
+
+def _guard(command: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> None:
+    # A bare --debug shows tracebacks; with a value it is the option of TrainingArguments.
+    debug = [
+        i
+        for i, argument in enumerate(arguments)
+        if argument == "--debug" and (i + 1 == len(arguments) or arguments[i + 1].startswith("--"))
+    ]
+    try:
+        command([argument for i, argument in enumerate(arguments) if i not in debug])
+    except InputError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _command_train(arguments: Sequence[str]) -> None:
+    train(arguments, installed_tasks(), "titanic")
+
+
+def _command_compare(arguments: Sequence[str]) -> None:
+    compare(arguments, installed_tasks(), "titanic")
+
+
+def _command_tasks(arguments: Sequence[str]) -> None:
+    for name, task in installed_tasks().items():
+        print(f"{name:12} {task.kind:8} {task.description}")
+
+
+def _command_meta_train(arguments: Sequence[str]) -> None:
+    from .meta_training.command import meta_train_command
+
+    meta_train_command(arguments)
+
+
+def _command_report(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="hf-alrs report", description="Build the report of stored runs.")
+    parser.add_argument("results_dir", nargs="+", type=Path, help="Folders of result files.")
+    parser.add_argument("--output_dir", type=Path, default=None, help="Default: the first folder.")
+    options = parser.parse_args(arguments)
+    build_report(options.results_dir, options.output_dir)
+    print(f"Report: {(options.output_dir or options.results_dir[0]) / 'report.html'}")
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (_command_train, "train one task"),
+    "compare": (_command_compare, "compare schedulers on a task and build the report"),
+    "tasks": (_command_tasks, "list the installed tasks"),
+    "report": (_command_report, "build the report of stored runs"),
+    "meta-train": (_command_meta_train, "train the network on a population of small tasks"),
+}
+
+
+def main() -> None:
+    """`hf-alrs COMMAND ...`."""
+    lines = "\n".join(f"  {name:12} {help_text}" for name, (_, help_text) in COMMANDS.items())
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(f"usage: hf-alrs COMMAND ...\n\n{lines}\n\n`hf-alrs COMMAND --help` lists the options of a command.")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    if sys.argv[1] not in COMMANDS:
+        print(f"error: unknown command {sys.argv[1]!r}; the commands are\n{lines}", file=sys.stderr)
+        sys.exit(2)
+    _guard(COMMANDS[sys.argv[1]][0], sys.argv[2:])

@@ -1,0 +1,342 @@
+"""Declarative description of the synthetic tasks on which the network is meta-trained."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+POPULATION_VERSION = 1
+
+# Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
+NUM_CONTROLLER, NUM_EVAL = 128, 256
+NUM_UPSTREAM = 4000
+# The only real data set of the population; it bounds how many training examples are left beside the held-out ones.
+NUM_DIGITS = 1797
+
+KINDS = {"mlp": 0.34, "conv": 0.20, "bag": 0.12, "rnn": 0.14, "attention": 0.20}
+OPTIMIZERS = {"adam": 0.40, "adamw": 0.25, "sgdm": 0.25, "sgd": 0.10}
+# Steps and batch sizes are capped where one step is expensive, widths and lengths carry the diversity there.
+MIN_STEPS = 80
+MAX_STEPS = {"mlp": 800, "conv": 450, "bag": 800, "rnn": 350, "attention": 350}
+# Measured over estimated seconds.
+COST_FACTORS = {"mlp": 0.42, "conv": 1.0, "bag": 0.6, "rnn": 0.5, "attention": 0.9}
+PRETRAINED_SHARE = {"mlp": 0.2, "conv": 0.25, "bag": 0.2, "rnn": 0.25, "attention": 0.6}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """
+    Everything that defines a group of tasks which share their shapes; the tasks of a group differ in the data they
+    draw, in their initial weights, and a little in difficulty. All fields are plain, so that
+    `TaskSpec(**json.loads(json.dumps(dataclasses.asdict(spec))))` gives the same spec.
+
+    Args:
+        seed (`int`): Seed of data, initial weights, data order and dropout.
+        kind (`str`): The model: `"mlp"`, `"conv"`, `"bag"`, `"rnn"` or `"attention"`.
+        data (`str`): The data: `"digits"`, `"teacher"`, `"images"`, `"topics"` or `"sequence"`.
+        num_training_steps (`int`): Length T of a run.
+        batch_size (`int`): Examples a step.
+        num_examples (`int`): Training examples; with the two fields above it sets the number of epochs.
+        optimizer (`str`): `"adam"`, `"adamw"`, `"sgdm"` (momentum 0.9) or `"sgd"`.
+        weight_decay (`float`):
+            Decoupled for AdamW and added to the gradient otherwise; on matrices only, as `Trainer` does.
+        clip_norm (`float`, *optional*): Gradient norm above which gradients are scaled down.
+        hidden (`int`): Width; the number of channels of the first layers in conv nets.
+        depth (`int`): Hidden layers, convolutions or transformer blocks; not used by recurrent nets.
+        activation (`str`): `"relu"`, `"tanh"` or `"gelu"`.
+        batch_norm (`bool`), layer_norm (`bool`): Normalisation; transformers always have LayerNorm.
+        dropout (`float`): Dropout probability.
+        residual (`bool`): Skip connections in MLPs and conv nets.
+        pool (`str`): How positions become one vector: `"mean"`, `"last"`, `"first"` or `"flatten"`.
+        heads (`int`), feedforward (`int`), pre_norm (`bool`): Transformer blocks.
+        cell (`str`), bidirectional (`bool`): Recurrent nets, `"gated"` or `"lstm"`.
+        num_classes (`int`): Classes of the task.
+        label_noise (`float`): Share of random labels, in all splits.
+        imbalance (`float`): Log ratio between the priors of the most and the least frequent class.
+        modes (`int`): Latent classes (image templates, token topics) behind each label.
+        input_dim (`int`), input_power (`float`), temperature (`float`): Teacher data.
+        input_scale (`float`): Factor on real-valued inputs.
+        noise (`float`): Noise on images, or how blurred topics are.
+        image_size (`int`), channels (`int`): Image data.
+        vocabulary (`int`), length (`int`), embedding_dim (`int`), rule (`str`): Token data.
+        init (`str`): `"torch"` (the defaults of `torch.nn`), `"variance"` (He, Xavier) or `"small"` (what N(0, 0.02)
+            is at a width of 400).
+        init_scale (`float`): Factor on the initial matrices.
+        embedding_std (`float`): Standard deviation of initial embeddings.
+        pretrained (`bool`): Whether the initial weights come from an upstream task.
+        upstream_steps (`int`): Length of the upstream training.
+        upstream_same (`bool`):
+            Whether the upstream labels are a refinement of the task's, so that small moves are enough.
+        head_std (`float`): Standard deviation of the fresh head of a pretrained model; 0 for that of `init`.
+        damaged (`bool`): Whether the initial weights are bad.
+        damage_scale (`float`): Factor on the initial matrices of a damaged model; 0 for steps at a far too high rate.
+    """
+
+    seed: int
+    kind: str
+    data: str
+    num_training_steps: int
+    batch_size: int
+    num_examples: int
+    optimizer: str
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    hidden: int = 32
+    depth: int = 2
+    activation: str = "relu"
+    batch_norm: bool = False
+    layer_norm: bool = False
+    dropout: float = 0.0
+    residual: bool = False
+    pool: str = "mean"
+    heads: int = 2
+    feedforward: int = 2
+    pre_norm: bool = True
+    cell: str = "gated"
+    bidirectional: bool = False
+    num_classes: int = 2
+    label_noise: float = 0.0
+    imbalance: float = 0.0
+    modes: int = 1
+    input_dim: int = 16
+    input_power: float = 0.0
+    temperature: float = 2.0
+    input_scale: float = 1.0
+    noise: float = 0.7
+    image_size: int = 8
+    channels: int = 1
+    vocabulary: int = 200
+    length: int = 12
+    embedding_dim: int = 16
+    rule: str = "negation"
+    init: str = "torch"
+    init_scale: float = 1.0
+    embedding_std: float = 1.0
+    pretrained: bool = False
+    upstream_steps: int = 0
+    upstream_same: bool = False
+    head_std: float = 0.0
+    damaged: bool = False
+    damage_scale: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary that `json` can write."""
+        return asdict(self)
+
+
+def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
+    """
+    Draws a task group.
+
+    Args:
+        seed (`int`): The same seed and `max_cost` always give the same spec.
+        max_cost (`float`, *optional*):
+            Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
+            gets narrower; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
+            the share of each kind as it is.
+    """
+    r = random.Random(f"population-{POPULATION_VERSION}-{seed}")
+    kind = r.choices(list(KINDS), list(KINDS.values()))[0]
+    for _ in range(1000):
+        fields = _draw(r, seed, kind)
+        if max_cost is None:
+            return _with_examples(fields)
+        for change in ({}, {"batch_size": 8}, {"hidden": 16, "embedding_dim": 16, "feedforward": 2, "heads": 2}):
+            if "hidden" in change and kind != "attention":
+                continue
+            fields.update(change)
+            cost = estimate_cost(_with_examples(fields))
+            if cost <= max_cost:
+                return _with_examples(fields)
+            steps = int(fields["num_training_steps"] * max_cost / cost)
+            if steps >= MIN_STEPS:
+                return _with_examples({**fields, "num_training_steps": steps})
+    raise ValueError(f"max_cost={max_cost} leaves no {kind} task; raise it to at least 1.")
+
+
+def _with_examples(fields: dict[str, Any]) -> TaskSpec:
+    """Turns the wanted number of epochs into a number of examples within what the data can give."""
+    fields = dict(fields)
+    num_examples = round(fields["num_training_steps"] * fields["batch_size"] / fields.pop("epochs"))
+    if fields["data"] == "digits":
+        upper = 800 if fields["imbalance"] else NUM_DIGITS - NUM_CONTROLLER - NUM_EVAL
+    else:
+        upper = 6000
+    # Fewer examples than this and the task cannot be learnt from scratch, which teaches nothing about rates.
+    lower = 300
+    if not fields["pretrained"]:
+        lower = {"sequence": 2000, "images": 800}.get(fields["data"], 600)
+    return TaskSpec(num_examples=max(lower, min(num_examples, upper)), **fields)
+
+
+def _log_uniform(generator: random.Random, low: float, high: float) -> float:
+    return math.exp(generator.uniform(math.log(low), math.log(high)))
+
+
+def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
+    optimizer = r.choices(list(OPTIMIZERS), list(OPTIMIZERS.values()))[0]
+    pretrained = r.random() < PRETRAINED_SHARE[kind]
+    if kind == "attention" and pretrained and r.random() < 0.5:
+        optimizer = "adamw"  # what transformers are fine-tuned with
+    data = {
+        "mlp": r.choices(["teacher", "digits", "images", "topics"], [0.5, 0.25, 0.2, 0.05])[0],
+        "conv": r.choices(["images", "digits"], [0.75, 0.25])[0],
+        "bag": "topics",
+        "rnn": r.choices(["sequence", "topics", "images", "digits"], [0.45, 0.25, 0.15, 0.15])[0],
+        "attention": r.choices(["sequence", "topics", "images", "digits"], [0.5, 0.2, 0.15, 0.15])[0],
+    }[kind]
+    if kind == "mlp" and data == "topics":
+        data = "teacher"  # an MLP on tokens is an embedding bag
+    tokens = data in ("topics", "sequence")
+    fields: dict[str, Any] = {
+        "seed": seed,
+        "kind": kind,
+        "data": data,
+        "num_training_steps": int(_log_uniform(r, MIN_STEPS, MAX_STEPS[kind])),
+        "optimizer": optimizer,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0 if r.random() < (0.5 if kind in ("rnn", "attention") else 0.16) else None,
+        "activation": r.choice(["relu", "relu", "gelu", "tanh"]),
+        "epochs": _log_uniform(r, 1, 12 if pretrained else 60),
+        "num_classes": r.choices([2, 3, 4, 5, 10], [0.35, 0.2, 0.15, 0.15, 0.15])[0],
+        "label_noise": r.choice([0.0, 0.0, 0.05, 0.1, 0.2]),
+        "imbalance": r.uniform(0.5, 2.5) if r.random() < 0.2 else 0.0,
+        "modes": r.choice([1, 2, 4]),
+        "input_scale": math.exp(r.gauss(0, 0.4)),
+        "noise": _log_uniform(r, 0.25, 1.0),
+        "temperature": _log_uniform(r, 2.5, 20),
+        "dropout": r.choice([0.0, 0.0, 0.1, 0.2, 0.4]),
+        "init": r.choice(["torch", "variance"]),
+        "init_scale": math.exp(r.gauss(0, 0.3)),
+        "pretrained": pretrained,
+    }
+    if optimizer == "adamw":
+        fields["weight_decay"] = r.choice([0.01, 0.01, 0.1])
+    elif optimizer == "sgdm":
+        fields["weight_decay"] = r.choice([0.0, 0.0, 5e-4])
+    fields["batch_size"] = r.choice(
+        [8, 16, 16, 32, 32, 32, 64, 64, 128] if kind in ("mlp", "bag") else [8, 16, 16, 32]
+    )
+    if kind in ("rnn", "attention"):
+        fields["num_classes"] = r.choice([2, 2, 3, 5, 8])
+    if data == "sequence":
+        fields["num_classes"] = r.choice([2, 2, 3, 4])
+        if not pretrained:
+            fields["num_training_steps"] = int(_log_uniform(r, 160, MAX_STEPS[kind]))
+    if data == "teacher":
+        if pretrained:
+            fields["temperature"] = _log_uniform(r, 5, 20)
+        fields["input_dim"] = r.choice([8, 16, 32, 64])
+        fields["input_power"] = r.choice([0.0, 0.5, 1.0, 1.5])
+    if data in ("images", "digits"):
+        fields["noise"] *= 0.75
+    if data == "images":
+        if kind != "conv":
+            fields["modes"] = r.choice([1, 1, 2])
+        fields["image_size"] = 12 if kind == "conv" and r.random() < 0.25 else 8
+        fields["channels"] = 3 if kind == "conv" and r.random() < 0.5 else 1
+    if tokens:
+        large = r.random() < 0.5
+        fields["vocabulary"] = int(_log_uniform(r, 300, 2000) if large and data == "topics" else r.randint(60, 250))
+        fields["length"] = r.randint(8, 16)
+        fields["embedding_dim"] = r.choice([8, 16, 16, 32])
+        fields["embedding_std"] = 1.0 if r.random() < 0.5 else _log_uniform(r, 0.02, 0.1)
+        fields["rule"] = r.choice(["negation", "bigram", "bigram", "marker", "marker"])
+        if data == "sequence" and fields["rule"] != "bigram":
+            fields["vocabulary"] = r.randint(24, 64)  # every token has a meaning of its own to be learnt
+    _draw_model(r, fields)
+    if pretrained:
+        fields["upstream_steps"] = r.randint(300 if kind == "attention" else 200, 400)
+        fields["upstream_same"] = r.random() < 0.6
+        fields["head_std"] = r.choice([0.0, 0.02])
+    elif r.random() < 0.07:
+        fields["damaged"] = True
+        fields["damage_scale"] = r.choice([0.0, 0.0, 3.0])
+    return fields
+
+
+def _draw_model(r: random.Random, fields: dict[str, Any]) -> None:
+    """Adds the fields of the model to those of the data."""
+    kind, data = fields["kind"], fields["data"]
+    if kind == "mlp":
+        fields["hidden"] = int(_log_uniform(r, 16, 256) if r.random() < 0.3 else _log_uniform(r, 16, 64))
+        fields["depth"] = r.choices([1, 2, 3, 4, 5, 6], [0.25, 0.3, 0.2, 0.1, 0.08, 0.07])[0]
+        fields["residual"] = fields["depth"] >= 3 and r.random() < 0.5
+        fields["batch_norm"] = r.random() < 0.25
+        fields["layer_norm"] = not fields["batch_norm"] and r.random() < 0.15
+    elif kind == "conv":
+        fields["depth"] = r.choice([2, 2, 3, 4])
+        fields["hidden"] = r.choice([4, 6, 8] if fields["depth"] < 4 else [4, 6])
+        fields["batch_norm"] = r.random() < 0.5
+        fields["residual"] = fields["depth"] >= 3 and r.random() < 0.5
+        fields["pool"] = r.choice(["mean", "flatten"])
+        fields["dropout"] = r.choice([0.0, 0.0, 0.2, 0.4])
+    elif kind == "bag":
+        fields["hidden"] = int(_log_uniform(r, 16, 64))
+        fields["depth"] = r.choice([1, 1, 2])
+        fields["layer_norm"] = r.random() < 0.2
+    elif kind == "rnn":
+        fields["cell"] = r.choice(["gated", "lstm"])
+        fields["bidirectional"] = r.random() < 0.4
+        fields["hidden"] = r.choice([8, 12, 16, 24] if fields["bidirectional"] else [12, 16, 24, 32])
+        fields["depth"] = 1
+        fields["pool"] = r.choice(["mean", "last"])
+    else:
+        fields["hidden"] = r.choices([16, 24, 32, 48, 64, 96], [0.3, 0.22, 0.25, 0.12, 0.08, 0.03])[0]
+        fields["embedding_dim"] = fields["hidden"]
+        fields["depth"] = r.choices([1, 2, 3, 4, 6], [0.2, 0.3, 0.2, 0.15, 0.15])[0]
+        fields["heads"] = r.choice([2, 4])
+        fields["feedforward"] = r.choice([2, 4])
+        fields["pre_norm"] = r.random() < 0.5
+        fields["activation"] = r.choice(["gelu", "relu"])
+        fields["pool"] = r.choice(["mean", "first"])
+        fields["dropout"] = r.choice([0.0, 0.1, 0.1])
+        fields["init"] = r.choice(["torch", "variance", "small"])
+        fields["layer_norm"] = True
+        if data in ("digits", "images"):
+            fields["length"] = 16
+        else:
+            fields["length"] = min(fields["length"], 12)
+
+
+def estimate_cost(spec: TaskSpec) -> float:
+    """
+    Rough seconds of one CPU core for one run of 64 members with averaging: multiply-adds, activations and weights
+    that a step touches, with factors fitted to measurements.
+    """
+    h, d = spec.hidden, spec.depth
+    weights = 0
+    if spec.kind == "mlp":
+        inputs = {"digits": 64, "images": 64, "teacher": spec.input_dim}[spec.data]
+        products = inputs * h + (d - 1) * h * h + h * spec.num_classes
+        activations = d * h * (2 + 4 * (spec.batch_norm or spec.layer_norm) + 2 * (spec.dropout > 0))
+        weights = products
+    elif spec.kind == "conv":
+        products, activations, size, channels = 0, 0, 8 if spec.data == "digits" else spec.image_size, spec.channels
+        for layer in range(d):
+            outputs = h if layer < d / 2 else 2 * h
+            products += 9 * channels * outputs * size**2
+            activations += outputs * size**2 * (4 + 2 * spec.batch_norm)
+            weights += 9 * channels * outputs
+            channels, size = outputs, size // 2 if layer % 2 == 0 else size
+    else:
+        tokens = spec.data in ("topics", "sequence")
+        length = spec.length if tokens else (16 if spec.kind == "attention" else 8)
+        e = spec.embedding_dim if tokens else 8
+        weights = spec.vocabulary * e if tokens else 0
+        if spec.kind == "bag":
+            products, activations = e * h + (d - 1) * h * h, length * e + d * h * 3
+        elif spec.kind == "rnn":
+            gates = (4 if spec.cell == "lstm" else 2) * (2 if spec.bidirectional else 1)
+            products, activations = length * gates * h * (e + h), length * gates * h * 8
+        else:
+            products = length * d * h * (h * (4 + 2 * spec.feedforward) + 2 * length)
+            activations = length * d * (h * (16 + 3 * spec.feedforward) + 3 * spec.heads * length)
+            weights += d * h * h * (4 + 2 * spec.feedforward)
+        if spec.kind != "attention":
+            weights += products // (length if spec.kind == "rnn" else 1)
+    step = 64 * (spec.batch_size * (products * 2.5e-10 + activations * 3e-9) + weights * 6e-9) + 6e-4
+    return spec.num_training_steps * step * COST_FACTORS[spec.kind]

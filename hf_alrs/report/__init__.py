@@ -1,0 +1,66 @@
+"""
+The report of a comparison, built from its stored result files alone: `results.json`, `report.md`, `report.html`, plots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .pages import render_html, render_markdown
+from .plots import draw_plots
+from .runs import REPORT_FILE, group_by_task, load_runs, validate_result
+from .summary import json_ready, summarize
+
+
+__all__ = ["build_report", "load_runs", "summarize", "validate_result"]
+
+PLOTS_FOLDER = "plots"
+
+
+def build_report(
+    results_dir: str | Path | Sequence[str | Path], output_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """
+    Builds the report of all runs stored in one or several folders.
+
+    Args:
+        results_dir (`str`, `Path` or a sequence of them):
+            Folders of result files, one `*.json` for each run. Several are merged; runs are then paired by seed within
+            each folder.
+        output_dir (`str` or `Path`, *optional*):
+            Where `results.json`, `report.md`, `report.html` and the folder `plots` are written. Defaults to the first
+            folder of results.
+
+    Returns:
+        `dict[str, Any]`: The content of `results.json`.
+
+    Raises:
+        [`InputError`]: A folder or file that cannot be used, by name.
+    """
+    folders = [results_dir] if isinstance(results_dir, (str, Path)) else list(results_dir)
+    runs = load_runs(map(Path, folders))
+    summary = summarize(runs)
+    plots = draw_plots(group_by_task(runs), summary)
+    output = Path(output_dir if output_dir is not None else folders[0])
+    (output / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    # Figures of an earlier report that this one has no data for would be taken for its own.
+    for leftover in (output / PLOTS_FOLDER).glob("*.svg"):
+        leftover.unlink()
+    for plot in plots:
+        _write(output / PLOTS_FOLDER / f"{plot.name}.svg", plot.svg)
+    content = json_ready(summary)
+    _write(output / REPORT_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    _write(output / "report.md", render_markdown(summary, plots, PLOTS_FOLDER))
+    _write(output / "report.html", render_html(summary, plots))
+    return content
+
+
+def _write(path: Path, text: str) -> None:
+    # Renamed into place, so that a reader or a killed process never meets half a file.
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,298 @@
+"""
+The stored runs: read, checked, and grouped into the cells of each task's matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from .. import metrics
+from ..config import InputError
+
+
+REFERENCE = "alrs"
+SCHEMA_FILE = Path(__file__).parents[1] / "results_schema.json"
+# What a report writes beside the runs it was built from.
+REPORT_FILE = "results.json"
+_RUN_AGAIN = "Delete the file and run the comparison again: only the missing run is repeated."
+
+
+def is_baseline(scheduler: str) -> bool:
+    """ALRS and its ablations, all named `alrs...`, are what is judged; everything else is what it is judged against."""
+    return not scheduler.startswith(REFERENCE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One stored run.
+
+    Args:
+        record (`dict[str, Any]`): Content of the file, as `results_schema.json` describes it.
+        path (`Path`): Where it was read from.
+        origin (`int`): Index of the folder it came from; runs are paired within a folder.
+    """
+
+    record: dict[str, Any]
+    path: Path
+    origin: int = 0
+
+    @property
+    def task(self) -> str:
+        return self.record["spec"]["task"]
+
+    @property
+    def scheduler(self) -> str:
+        return self.record["spec"]["scheduler"]
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.record["spec"]["learning_rate"])
+
+    @property
+    def seed(self) -> int:
+        return self.record["spec"]["seed"]
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        """Runs with the same value started from the same weights and saw the same batches."""
+        return self.origin, self.seed
+
+    @property
+    def completed(self) -> bool:
+        return self.record["status"] == "completed"
+
+    def history(self, name: str) -> np.ndarray:
+        """A column of the per-step history; null becomes nan."""
+        return np.array(self.record["history"][name] or [], dtype=float)
+
+    def evaluations(self, name: str) -> np.ndarray:
+        """A column of the evaluations; null or missing becomes nan."""
+        return np.array([evaluation.get(name) for evaluation in self.record["evaluations"]], dtype=float)
+
+    def final(self, metric: str) -> float:
+        """The metric after training; the worst value for a run that did not complete."""
+        value = self.record["results"].get(metric) if self.completed else None
+        return metrics.worst_value(metric) if value is None else float(value)
+
+    def best(self, metric: str) -> float:
+        """The best evaluation of the run; the worst value for a run that did not complete."""
+        if not self.completed:
+            return metrics.worst_value(metric)
+        value = metrics.best_value([*self.evaluations(metric), self.final(metric)], not metric.endswith("loss"))
+        return metrics.worst_value(metric) if math.isnan(value) else value
+
+    def position_of_target(self, unit: str, metric: str, target: float) -> float:
+        """Steps, epochs or seconds to the target; infinite when it was missed or the run did not complete."""
+        if not self.completed:
+            return math.inf
+        return metrics.position_of_target(
+            self.evaluations(unit), self.evaluations(metric), target, higher_is_better=not metric.endswith("loss")
+        )
+
+
+@cache
+def _validator() -> Draft202012Validator:
+    return Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
+def validate_result(record: Any, name: str) -> None:
+    """
+    Checks one result against `results_schema.json`, and that the lists of its history are equally long.
+
+    Args:
+        record (`Any`): Content of a result file.
+        name (`str`): File name, for the message.
+
+    Raises:
+        [`InputError`]: Names the file, the place in it and the rule that is broken.
+    """
+    history = record.get("history") if isinstance(record, dict) else None
+    columns = {key: value for key, value in (history or {}).items() if isinstance(value, list)}
+    # The schema's rule for every single number of a long history takes seconds to check in Python. The types of a whole
+    # column take microseconds, and the schema then sees the first entries.
+    allowed = {"step": {int}, "phase": {str, type(None)}}
+    for key, values in columns.items():
+        wrong = set(map(type, values)) - allowed.get(key, {int, float, type(None)})
+        if wrong:
+            found = ", ".join(sorted(kind.__name__ for kind in wrong))
+            raise InputError(name, f"history.{key}", f"must hold numbers or null, and holds {found}.", _RUN_AGAIN)
+    head = record
+    if columns:
+        head = {**record, "history": {**history, **{key: values[:3] for key, values in columns.items()}}}
+    error = best_match(_validator().iter_errors(head))
+    if error is not None:
+        place = ".".join(map(str, error.absolute_path)) or "the file"
+        raise InputError(
+            name,
+            place,
+            f"does not follow the schema of results: {error.message[:300]}.",
+            f"Use a file written by this version. {_RUN_AGAIN}",
+        )
+    lengths = {key: len(values) for key, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(name, lengths, "the lists of `history` must be equally long.", _RUN_AGAIN)
+
+
+def _refuse_constant(token: str) -> None:
+    raise ValueError(f"{token} is no strict JSON; a value that is not finite must be null")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
+        raise InputError(str(path), path.name, f"cannot be read as a result: {error}.", _RUN_AGAIN) from error
+    validate_result(record, str(path))
+    return record
+
+
+def load_runs(directories: Iterable[Path]) -> list[Run]:
+    """
+    Reads every `*.json` in the folders, one run each. A file that is still being written (`*.tmp`) and the
+    `results.json` of an earlier report are passed over; the same file found in two folders counts once.
+
+    Args:
+        directories (`Iterable[Path]`): Folders of result files.
+
+    Returns:
+        `list[Run]`: Ordered by task, scheduler, learning rate and seed, whatever the files are called.
+
+    Raises:
+        [`InputError`]: A folder or file that cannot be used, by name.
+    """
+    found: dict[tuple, Run] = {}
+    contents: set[str] = set()
+    for origin, directory in enumerate(map(Path, directories)):
+        if not directory.is_dir():
+            raise InputError(
+                "results_dir",
+                str(directory),
+                "is no folder.",
+                "Give the folder that a comparison wrote its results to.",
+            )
+        for path in sorted(directory.glob("*.json")):
+            if path.name == REPORT_FILE:
+                continue
+            run = Run(_read(path), path, origin)
+            content = json.dumps(run.record, sort_keys=True)
+            if content in contents:
+                continue
+            contents.add(content)
+            key = (run.task, run.scheduler, run.learning_rate, run.seed, origin)
+            if key in found:
+                raise InputError(
+                    str(path),
+                    run.record["spec"],
+                    f"is the same run as {found[key].path.name}, with another outcome.",
+                    "Keep one of the two files.",
+                )
+            found[key] = run
+    if not found:
+        raise InputError(
+            "results_dir", "no result file", "a report needs at least one stored run.", "Run a comparison first."
+        )
+    return sorted(
+        found.values(),
+        key=lambda run: (run.task, is_baseline(run.scheduler), run.scheduler, run.learning_rate, run.pair),
+    )
+
+
+@dataclass(frozen=True)
+class TaskRuns:
+    """
+    All runs of one task, as cells of (scheduler, initial learning rate).
+
+    Args:
+        name (`str`): The task.
+        runs (`list[Run]`): Its runs, in the order of [`load_runs`].
+    """
+
+    name: str
+    runs: list[Run]
+
+    @cached_property
+    def score(self) -> str:
+        """The task's metric for which higher is better."""
+        return self.runs[0].record["higher_is_better_metric"]
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """What the tables show: the loss, the score, and accuracy and F1 where they were measured."""
+        known = set().union(*(run.record["results"] or {} for run in self.runs))
+        extra = [name for name in ("eval_accuracy", "eval_f1") if name in known and name != self.score]
+        return ["eval_loss", self.score, *extra]
+
+    @cached_property
+    def cells(self) -> dict[tuple[str, float], list[Run]]:
+        cells: dict[tuple[str, float], list[Run]] = {}
+        for run in self.runs:
+            cells.setdefault((run.scheduler, run.learning_rate), []).append(run)
+        return cells
+
+    @cached_property
+    def schedulers(self) -> list[str]:
+        return list(dict.fromkeys(run.scheduler for run in self.runs))
+
+    @cached_property
+    def learning_rates(self) -> list[float]:
+        return sorted({run.learning_rate for run in self.runs})
+
+    def rates_of(self, scheduler: str) -> list[float]:
+        return [rate for name, rate in self.cells if name == scheduler]
+
+    def mean_final(self, cell: tuple[str, float], metric: str) -> float:
+        return float(np.mean([run.final(metric) for run in self.cells[cell]]))
+
+    @cached_property
+    def tuned(self) -> dict[str, float]:
+        """Best initial rate of each scheduler: lowest mean final loss, then fewest failures, then the lower rate."""
+
+        def badness(cell: tuple[str, float]) -> tuple[float, int, float]:
+            failures = sum(not run.completed for run in self.cells[cell])
+            return self.mean_final(cell, "eval_loss"), failures, cell[1]
+
+        return {
+            name: min((cell for cell in self.cells if cell[0] == name), key=badness)[1] for name in self.schedulers
+        }
+
+    def tuned_runs(self, scheduler: str) -> list[Run]:
+        return self.cells[scheduler, self.tuned[scheduler]]
+
+    @cached_property
+    def reference(self) -> str | None:
+        """What the others are compared with: `alrs`, or its first variant where only those were run."""
+        variants = [name for name in self.schedulers if not is_baseline(name)]
+        return REFERENCE if REFERENCE in variants else next(iter(variants), None)
+
+    @cached_property
+    def best_baseline(self) -> tuple[str, float] | None:
+        """The baseline cell with the lowest mean final loss; `None` when no baseline completed at any rate."""
+        cells = [(name, rate) for name, rate in self.tuned.items() if is_baseline(name)]
+        cells = [cell for cell in cells if math.isfinite(self.mean_final(cell, "eval_loss"))]
+        return min(cells, key=lambda cell: self.mean_final(cell, "eval_loss"), default=None)
+
+    @cached_property
+    def targets(self) -> dict[str, float]:
+        """Final mean loss and score of the best tuned baseline: what every scheduler is timed to."""
+        if self.best_baseline is None:
+            return {}
+        return {metric: self.mean_final(self.best_baseline, metric) for metric in ("eval_loss", self.score)}
+
+
+def group_by_task(runs: Iterable[Run]) -> list[TaskRuns]:
+    """The runs of [`load_runs`], one [`TaskRuns`] for each task."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.task, []).append(run)
+    return [TaskRuns(name, group) for name, group in groups.items()]

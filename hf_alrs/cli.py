@@ -344,8 +344,8 @@ def _print_summary(summary: Mapping[str, Any], output_dir: Path) -> None:
             loss, score = cell["final"]["eval_loss"], cell["final"][table["score"]]
             print(
                 f"{cell['scheduler']:24}{cell['learning_rate']:>13g}{cell['num_runs']:>6}  "
-                f"{loss['mean']:.4f} +- {loss['standard_deviation']:.4f}   "
-                f"{score['mean']:.4f} +- {score['standard_deviation']:.4f}"
+                f"{loss['mean']:.4f} +- {loss['sd']:.4f}   "
+                f"{score['mean']:.4f} +- {score['sd']:.4f}"
             )
     print("\nConclusion")
     for sentence in summary["conclusion"]:

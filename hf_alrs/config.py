@@ -104,7 +104,10 @@ class ALRSConfig:
         },
     )
     max_signal_size: int = field(
-        default=16384, metadata={"help": "Coordinates per tensor that inner products are measured on."}
+        default=262_144,
+        metadata={
+            "help": "Coordinates of the whole model that inner products are measured on, spread over its tensors."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of random weights and of the network's own training."})
 

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from .callback import ALRSTrainer
 from .config import ALRSConfig
@@ -240,6 +241,8 @@ def run_cell(
             model = prepared.model_init()
             record["initial_state_hash"] = hash_tensors(model.state_dict())
             trainer = build_trainer(prepared, model, args, spec.scheduler, experiment.alrs_config)
+            # The matrix has a progress of its own
+            trainer.remove_callback(PrinterCallback)
             if isinstance(trainer, ALRSTrainer):
                 trainer.alrs_callback.write_history = False
             record["config"]["training"] |= {"optim": str(args.optim), "eval_steps": args.eval_steps}
@@ -306,15 +309,9 @@ def cell_arguments(experiment: Experiment, spec: RunSpec, prepared: PreparedTask
         per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         steps = math.ceil(len(prepared.train_dataset) / per_step)
         total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
-        args.eval_strategy = transformers_strategy("steps")
+        args.eval_strategy = IntervalStrategy.STEPS
         args.eval_steps = max(1, total // experiment.num_evaluations)
     return args
-
-
-def transformers_strategy(name: str) -> Any:
-    from transformers.trainer_utils import IntervalStrategy
-
-    return IntervalStrategy(name)
 
 
 def split_sizes(prepared: PreparedTask) -> dict[str, int]:

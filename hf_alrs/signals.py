@@ -1,8 +1,8 @@
 """
 Inner products of gradients, updates and weights, measured on a strided subsample of the optimizer's parameters.
 
-Only the step before a decision and the step of the decision are looked at; on all other steps nothing is read. At most
-`max_size` coordinates of a tensor enter, scaled so that inner products are unbiased.
+Only the step before a decision and the step of the decision are looked at; on all other steps nothing is read. A tensor
+gives an equal share of `max_size` coordinates, scaled so that inner products are unbiased.
 """
 
 from __future__ import annotations
@@ -16,19 +16,25 @@ import torch
 from .features import SIGNALS
 
 
+# Fewer coordinates of a tensor make its norm too noisy.
+_MIN_SHARE = 1024
+
+
 class SignalRecorder:
     """
     Measures the signals of `hf_alrs.features.SIGNALS` on live parameters.
 
     Args:
         parameters (`Sequence[torch.nn.Parameter]`): Trained parameters.
-        max_size (`int`): Coordinates per tensor; a tensor of n coordinates is read at stride n // max_size.
+        max_size (`int`): Coordinates of all tensors together. A tensor that is larger than its share is read at an odd
+            stride, so that the columns of a matrix are all visited.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], max_size: int):
         self.parameters = list(parameters)
         self.device = self.parameters[0].device
-        self._strides = [1 if p.numel() <= max_size else (p.numel() // max_size) | 1 for p in self.parameters]
+        share = max(_MIN_SHARE, max_size // len(self.parameters))
+        self._strides = [1 if p.numel() <= share else (p.numel() // share) | 1 for p in self.parameters]
         sizes = [len(range(0, p.numel(), stride)) for p, stride in zip(self.parameters, self._strides, strict=True)]
         # sqrt(n / subsample) on both factors of a product makes the sum over the subsample an unbiased estimate
         self._scale = torch.cat(

@@ -1,0 +1,632 @@
+"""
+Where examples come from, and how they are divided: loading, columns, labels, and the disjoint seeded splits.
+
+Every task goes through [`load_source`] and [`split_examples`], so a Hub id, a local folder, a single file and the
+built-in sample behave alike from there on. Whatever cannot work raises `InputError` here, before any training.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from hf_alrs.experiment import DataArguments, InputError
+
+
+SAMPLE = "sample"
+FILE_FORMATS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+# Datasets mark the rows of an unlabelled split this way.
+UNLABELLED = -1
+
+
+@dataclass
+class Source:
+    """
+    A dataset as loaded, before anything is selected from it.
+
+    Args:
+        splits (`dict[str, Dataset]`): Every split, by its own name.
+        description (`str`): Where it came from, in words.
+        label_names (`list[str]`, *optional*): Class names that the source knows although its features do not.
+    """
+
+    splits: dict[str, Dataset]
+    description: str
+    label_names: list[str] | None = None
+
+
+@dataclass
+class Part:
+    """
+    Some rows of one split of the source, with their labels.
+
+    Args:
+        rows (`Dataset`): The rows, with every column of the source.
+        labels (`np.ndarray`, *optional*): Class indices (int64) or regression targets (float32); `None` if unlabelled.
+        indices (`np.ndarray`): Each row's number in the split it came from, so that messages can name it.
+        split (`str`): The name of that split.
+    """
+
+    rows: Dataset
+    labels: np.ndarray | None
+    indices: np.ndarray
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+@dataclass
+class LabelledSplits:
+    """The disjoint parts that a task trains and evaluates on, see [`split_examples`]."""
+
+    train: Part
+    controller: Part | None
+    eval: Part
+    predict: Part | None
+    label_names: list[str] | None
+    description: str
+    notes: list[str] = field(default_factory=list)
+
+
+def nearest_match(name: str, candidates: Sequence[str]) -> str:
+    """Returns ``", nearest is `x`"`` or an empty string, to end a sentence that lists the candidates."""
+    found = difflib.get_close_matches(str(name), list(candidates), n=1, cutoff=0.5)
+    return f"; the nearest is `{found[0]}`" if found else ""
+
+
+def check_choice(field_name: str, value: str, choices: Sequence[str]) -> str:
+    """Returns `value`, or raises `InputError` when it is not one of `choices`."""
+    if value not in choices:
+        raise InputError(
+            field_name,
+            value,
+            f"must be one of {', '.join(choices)}{nearest_match(value, choices)}.",
+            f"Give --{field_name} one of them.",
+        )
+    return value
+
+
+def check_arguments(arguments: DataArguments) -> None:
+    """Checks the numbers in `arguments` that every task reads."""
+    for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(name, value, "must be at least 1.", f"Leave --{name} out to use everything.")
+    if not 0 <= arguments.controller_split < 1:
+        raise InputError(
+            "controller_split",
+            arguments.controller_split,
+            "must be a share of train in [0, 1).",
+            "The default is 0.1; 0 carves no controller split.",
+        )
+    if arguments.split_seed < 0:
+        raise InputError("split_seed", arguments.split_seed, "must not be negative.", "Give --split_seed 0 or more.")
+    if arguments.num_folds < 2:
+        raise InputError("num_folds", arguments.num_folds, "must be at least 2.", "The default is 5.")
+    if not 0 <= arguments.fold < arguments.num_folds:
+        raise InputError(
+            "fold",
+            arguments.fold,
+            f"must lie between 0 and {arguments.num_folds - 1} when --num_folds is {arguments.num_folds}.",
+            "Folds are counted from 0.",
+        )
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def load_source(
+    arguments: DataArguments,
+    hub_id: str,
+    config_name: str | None = None,
+    sample: Callable[[], Source] | None = None,
+) -> Source:
+    """
+    Loads the dataset that `arguments` names.
+
+    Args:
+        arguments (`DataArguments`): `dataset_name` is a Hub id, a local folder or file, or `sample`.
+        hub_id (`str`): What to load when `dataset_name` is not given.
+        config_name (`str`, *optional*): Configuration of `hub_id`; not used for other sources unless they need one.
+        sample (`Callable`, *optional*): Makes the built-in sample; a task without one refuses `sample`.
+
+    Raises:
+        InputError: If the source does not exist, cannot be reached, cannot be read, or holds nothing.
+    """
+    name = arguments.dataset_name or hub_id
+    if name == SAMPLE:
+        if sample is None:
+            raise InputError(
+                "dataset_name",
+                name,
+                f"there is no built-in sample for the task {arguments.task_name}.",
+                "The tasks sst2, imdb, cifar10 and titanic have one; otherwise give a Hub id, a folder or a file.",
+            )
+        return sample()
+    path = Path(name).expanduser()
+    if path.exists():
+        splits = _load_local(path, name, arguments.dataset_config_name, config_name)
+        description = f"local {'folder' if path.is_dir() else 'file'} {name}"
+    elif _looks_like_path(name):
+        raise InputError(
+            "dataset_name",
+            name,
+            "no such file or folder.",
+            f"Check the path (it was looked up from {Path.cwd()}), or give a Hub id or `sample`.",
+        )
+    else:
+        config = arguments.dataset_config_name or (config_name if name == hub_id else None)
+        splits = _load_from_hub(name, config)
+        description = f"Hub dataset {name}" + (f", configuration {config}" if config else "")
+    if not splits or all(len(rows) == 0 for rows in splits.values()):
+        raise InputError(
+            "dataset_name", name, "holds no examples.", "Give a source that has rows, or --dataset_name sample."
+        )
+    return Source(splits=splits, description=description)
+
+
+def _looks_like_path(name: str) -> bool:
+    # A Hub id has at most one slash and no file extension that a loader knows.
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in FILE_FORMATS
+
+
+def _load_local(path: Path, name: str, given_config: str | None, task_config: str | None) -> dict[str, Dataset]:
+    from datasets import load_dataset, load_from_disk
+
+    remedy = "Give a parquet, csv or json file, a folder of such files, or an image folder (one sub-folder a class)."
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix not in FILE_FORMATS:
+            raise InputError(
+                "dataset_name", name, f"a file must end in one of {', '.join(FILE_FORMATS)}.", "Convert it first."
+            )
+        options = {"sep": "\t"} if suffix == ".tsv" else {}
+        attempts = [lambda: load_dataset(FILE_FORMATS[suffix], data_files={"train": str(path)}, **options)]
+    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        attempts = [lambda: load_from_disk(str(path))]
+    else:
+        if not any(entry.is_file() for entry in path.rglob("*")):
+            raise InputError("dataset_name", name, "the folder holds no data files.", remedy)
+        attempts = [lambda: load_dataset(str(path), given_config)]
+        if given_config is None and task_config is not None:
+            # A downloaded copy of the whole of GLUE has several configurations; a folder with one task has none.
+            attempts.append(lambda: load_dataset(str(path), task_config))
+    error: Exception | None = None
+    for attempt in attempts:
+        try:
+            loaded = attempt()
+        except Exception as caught:
+            error = error or caught
+            continue
+        return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+    empty = _empty_file(path)
+    if empty is not None:
+        raise InputError(
+            "dataset_name", name, f"its file {empty.name} is empty.", "Give it rows, or leave it out."
+        ) from error
+    raise InputError("dataset_name", name, f"cannot be read ({_first_line(error)}).", remedy) from error
+
+
+def _empty_file(path: Path) -> Path | None:
+    """Finds a data file without rows, which `datasets` reports in as many words as there are formats."""
+    import pyarrow
+    from pyarrow.parquet import read_metadata
+
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        suffix = file.suffix.lower()
+        if suffix not in FILE_FORMATS:
+            continue
+        if suffix == ".parquet":
+            try:
+                if read_metadata(file).num_rows == 0:
+                    return file
+            except (OSError, pyarrow.ArrowInvalid):
+                continue
+        else:
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                filled = [line.strip() for _, line in zip(range(1000), lines, strict=False) if line.strip()]
+            # The first line of a table names its columns.
+            if len(filled) <= (1 if suffix in (".csv", ".tsv") else 0) or filled == ["[]"]:
+                return file
+    return None
+
+
+def _load_from_hub(name: str, config: str | None) -> dict[str, Dataset]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        loaded = load_dataset(name, config)
+    except DatasetNotFoundError as error:
+        raise InputError(
+            "dataset_name",
+            name,
+            "is neither a file or folder here nor a dataset on the Hub that you can access.",
+            "Check the spelling, log in if it is private, or give a local folder or `sample`.",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        # ConnectionError, OfflineModeIsEnabled and huggingface_hub's HTTP errors are all OSErrors; httpx's closed
+        # client is a RuntimeError.
+        raise InputError(
+            "dataset_name",
+            name,
+            f"the Hugging Face Hub cannot be reached, and there is no cached copy ({_first_line(error)}).",
+            "Give --dataset_name a local folder or file, or `sample` for the built-in offline sample.",
+        ) from error
+    except Exception as error:
+        raise InputError(
+            "dataset_name",
+            name,
+            f"cannot be loaded ({_first_line(error)}).",
+            "Check --dataset_config_name, or give a local folder, a file or `sample`.",
+        ) from error
+    if not isinstance(loaded, DatasetDict):
+        return {"train": loaded}
+    return dict(loaded)
+
+
+def _first_line(error: Exception | None) -> str:
+    # `DatasetGenerationError` only says that something went wrong; what it was is its cause.
+    if error is not None and type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+# --- columns and labels ------------------------------------------------------------------------------------------
+
+
+def find_column(
+    columns: Sequence[str], given: str | None, candidates: Sequence[str], field_name: str, required: bool = True
+) -> str | None:
+    """
+    Finds the column to read.
+
+    Args:
+        columns (`Sequence[str]`): The columns there are.
+        given (`str`, *optional*): What the user asked for; must exist.
+        candidates (`Sequence[str]`): Usual names, the most likely first; letter case does not matter.
+        field_name (`str`): The argument that gives the column, for the message.
+        required (`bool`): Whether to raise rather than return `None` when no candidate is there.
+    """
+    if given is not None:
+        if given in columns:
+            return given
+        raise InputError(
+            field_name,
+            given,
+            f"there is no such column; there are {', '.join(columns)}{nearest_match(given, columns)}.",
+            f"Give --{field_name} one of them.",
+        )
+    lowered = {column.lower(): column for column in reversed(list(columns))}
+    for candidate in candidates:
+        if candidate.lower() in lowered:
+            return lowered[candidate.lower()]
+    if not required:
+        return None
+    raise InputError(
+        field_name,
+        None,
+        f"no column is called {' or '.join(candidates)}; there are {', '.join(columns)}.",
+        f"Name the column with --{field_name}.",
+    )
+
+
+def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) -> list[str]:
+    """
+    Names the classes of a label column: the ClassLabel's own names where there is one, and a fallback where not.
+
+    Plain parquet and CSV files carry bare integers, booleans or strings. Integers must be 0 to n-1, and take the
+    names in `known` where there are n of them, else their own digits; strings are sorted.
+
+    Args:
+        rows (`Dataset`): The train split.
+        column (`str`): The label column.
+        known (`Sequence[str]`, *optional*): The task's own class names.
+    """
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel) and feature.names:
+        return list(feature.names)
+    values = [value for value in rows.unique(column) if not _is_missing(value)]
+    if values and all(isinstance(value, str) for value in values):
+        if known is not None and {value.lower() for value in values} <= {name.lower() for name in known}:
+            return list(known)
+        return sorted(values)
+    if known is not None:
+        return list(known)
+    numbers = [int(value) for value in values if float(value) == int(value) and value != UNLABELLED]
+    return [str(number) for number in range(max(numbers, default=-1) + 1)]
+
+
+def encode_labels(rows: Dataset, column: str, names: Sequence[str], split: str) -> np.ndarray:
+    """
+    Returns the labels of `rows` as class indices.
+
+    Raises:
+        InputError: If a label is missing or is not one of the classes; the message names the row.
+    """
+    values = rows.with_format(None)[column][:]
+    if len(values) and all(isinstance(value, str) for value in values):
+        index = {name: number for number, name in enumerate(names)}
+        index.update({name.lower(): number for number, name in enumerate(names) if name.lower() not in index})
+        encoded = [index.get(value, index.get(value.lower(), UNLABELLED)) for value in values]
+    else:
+        encoded = [
+            int(value) if not _is_missing(value) and not isinstance(value, str) and float(value) == int(value) else -2
+            for value in values
+        ]
+    labels = np.asarray(encoded, dtype=np.int64).reshape(-1)
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            column,
+            values[row],
+            f"row {row} of the {split} split has a label outside the {len(names)} classes "
+            f"0..{len(names) - 1} ({', '.join(list(names)[:10])}{', ...' if len(names) > 10 else ''}).",
+            "Correct or drop such rows, or name another column with --label_column.",
+        )
+    return labels
+
+
+def encode_targets(rows: Dataset, column: str, low: float, high: float, split: str) -> np.ndarray:
+    """Returns the regression targets of `rows`; each must be a number in [`low`, `high`]."""
+    values = rows.with_format(None)[column][:]
+    try:
+        targets = np.asarray([np.nan if value is None else float(value) for value in values], dtype=np.float32)
+    except (TypeError, ValueError):
+        targets = np.full(len(values), np.nan, dtype=np.float32)
+    wrong = np.flatnonzero(~((targets >= low) & (targets <= high)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            column,
+            values[row],
+            f"row {row} of the {split} split has a target outside {low:g} to {high:g}.",
+            "Correct or drop such rows, or name another column with --label_column.",
+        )
+    return targets
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and np.isnan(value))
+
+
+# --- seeded, stratified choices ----------------------------------------------------------------------------------
+
+
+def stratified_indices(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """
+    Chooses `size` of the examples so that each class keeps its share, with at least one of each.
+
+    Args:
+        labels (`np.ndarray`): Class of each example.
+        size (`int`): How many to choose; at least the number of classes present.
+        seed (`int`): Seed of the choice.
+
+    Returns:
+        `np.ndarray`: Their positions, sorted.
+    """
+    generator = np.random.default_rng(seed)
+    classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if size < len(classes):
+        raise ValueError(f"{size} examples cannot hold {len(classes)} classes.")
+    # Largest remainders, after one of each class is safe: the shares are right to within one example.
+    exact = counts * (size / len(labels))
+    taken = np.clip(np.floor(exact).astype(np.int64), 1, counts)
+    order = np.argsort(-(exact - np.floor(exact)), kind="stable")
+    while taken.sum() < size:
+        for position in order:
+            if taken[position] < counts[position] and taken.sum() < size:
+                taken[position] += 1
+    while taken.sum() > size:
+        position = int(np.argmax(np.where(taken > 1, taken - exact, -np.inf)))
+        taken[position] -= 1
+    chosen = [
+        generator.permutation(np.flatnonzero(inverse == number))[:count] for number, count in enumerate(taken.tolist())
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
+def strata(labels: np.ndarray, max_bins: int = 5) -> np.ndarray:
+    """
+    Returns what to stratify by: class labels as they are, real-valued targets cut into up to `max_bins` quantiles (of
+    at least twenty examples, so that a small table is not refused for bins that nobody asked for).
+    """
+    if not np.issubdtype(labels.dtype, np.floating):
+        return labels
+    num_bins = max(1, min(max_bins, len(labels) // 20))
+    edges = np.quantile(labels, np.linspace(0, 1, num_bins + 1)[1:-1])
+    return np.searchsorted(np.unique(edges), labels, side="right")
+
+
+def subset(part: Part, size: int | None, seed: int, field_name: str) -> Part:
+    """Returns a stratified, seeded subset of `part`, or `part` itself when it is no larger than `size`."""
+    if size is None or size >= len(part):
+        return part
+    groups = strata(part.labels)
+    num_classes = len(np.unique(groups))
+    if size < num_classes:
+        raise InputError(
+            field_name,
+            size,
+            f"is less than the {num_classes} classes, and a stratified subset holds at least one example of each.",
+            f"Give --{field_name} {num_classes} or more.",
+        )
+    return take(part, stratified_indices(groups, size, seed))
+
+
+def take(part: Part, positions: np.ndarray) -> Part:
+    """Returns the rows of `part` at `positions`, in that order."""
+    return Part(
+        rows=part.rows.select(positions),
+        labels=None if part.labels is None else part.labels[positions],
+        indices=part.indices[positions],
+        split=part.split,
+    )
+
+
+def carve_controller(part: Part, share: float, seed: int) -> tuple[Part, Part | None]:
+    """
+    Divides train into what is trained on and the controller's share, stratified and disjoint.
+
+    Both come back in a seeded random order: sources sorted by class, as IMDB is, would otherwise show whoever reads
+    only the first batches a single class.
+    """
+    generator = np.random.default_rng([seed, 1])
+    if share == 0:
+        return take(part, generator.permutation(len(part))), None
+    groups = strata(part.labels)
+    classes, counts = np.unique(groups, return_counts=True)
+    size = round(share * len(part))
+    if counts.min() < 2 or size < len(classes) or len(part) - size < len(classes):
+        raise InputError(
+            "controller_split",
+            share,
+            f"{len(part)} training examples ({counts.min()} in the rarest of {len(classes)} classes) are too few for "
+            "a stratified split with every class in both parts.",
+            "Use more training examples, another --controller_split, or 0 for none.",
+        )
+    chosen = stratified_indices(groups, size, seed)
+    rest = np.setdiff1d(np.arange(len(part)), chosen)
+    # One more class member may sit in the controller's share than train can spare when a class has only a few.
+    if len(np.unique(groups[rest])) < len(classes):
+        raise InputError(
+            "controller_split", share, "would take every example of a class from train.", "Give a smaller share."
+        )
+    return take(part, generator.permutation(rest)), take(part, generator.permutation(chosen))
+
+
+def hold_out_fold(part: Part, num_folds: int, fold: int, seed: int) -> tuple[Part, Part]:
+    """Divides `part` into (the rest, fold number `fold`) by a shuffled, seeded, stratified k-fold."""
+    from sklearn.model_selection import StratifiedKFold
+
+    groups = strata(part.labels)
+    _, counts = np.unique(groups, return_counts=True)
+    if len(counts) < 2 and not np.issubdtype(part.labels.dtype, np.floating):
+        raise InputError("label_column", int(groups[0]), "every example has the same label.", "Use data with two.")
+    if counts.min() < num_folds:
+        raise InputError(
+            "num_folds",
+            num_folds,
+            f"the rarest class has {counts.min()} examples, too few for {num_folds} stratified folds.",
+            "Give a smaller --num_folds, more examples, or a source with its own validation split.",
+        )
+    folds = StratifiedKFold(n_splits=num_folds, shuffle=True, random_state=seed)
+    rest, held_out = list(folds.split(np.zeros(len(part)), groups))[fold]
+    return take(part, rest), take(part, held_out)
+
+
+# --- the splits of a task ----------------------------------------------------------------------------------------
+
+
+def split_examples(
+    arguments: DataArguments,
+    source: Source,
+    label_candidates: Sequence[str] = ("label", "labels", "target", "class", "y"),
+    eval_names: Sequence[str] = ("validation", "valid", "val", "dev", "test"),
+    predict_names: Sequence[str] = ("test",),
+    label_names: Sequence[str] | None = None,
+    target_range: tuple[float, float] | None = None,
+) -> LabelledSplits:
+    """
+    Divides a source into train, controller, eval and predict: disjoint, stratified and seeded by `split_seed`.
+
+    The eval part is the first labelled split among `eval_names`; a source without one gives up a fold of train. The
+    controller's part is carved from train. `max_train_samples` applies before it is carved.
+
+    Args:
+        arguments (`DataArguments`): Subset sizes, shares, folds and the seed.
+        source (`Source`): What [`load_source`] returned.
+        label_candidates (`Sequence[str]`): Names the label column may have.
+        eval_names (`Sequence[str]`): Splits to evaluate on, the preferred first.
+        predict_names (`Sequence[str]`): Splits without labels to predict.
+        label_names (`Sequence[str]`, *optional*): The task's own class names, for labels that come as bare integers.
+        target_range (`tuple[float, float]`, *optional*): For regression: the range of the target.
+    """
+    splits = source.splits
+    if "train" not in splits:
+        if len(splits) > 1:
+            raise InputError(
+                "dataset_name",
+                arguments.dataset_name,
+                f"has no split called train; there are {', '.join(splits)}.",
+                "Rename the split that is to be trained on.",
+            )
+        splits = {"train": next(iter(splits.values()))}
+    train_rows = splits["train"]
+    _require_rows(arguments, "train", train_rows)
+    column = find_column(train_rows.column_names, arguments.label_column, label_candidates, "label_column")
+
+    names = None
+    if target_range is None:
+        names = class_names(train_rows, column, source.label_names or label_names)
+        if len(names) < 2:
+            raise InputError(
+                "label_column", column, f"holds {len(names)} class, and two are needed.", "Name another column."
+            )
+
+    def labelled(split: str, rows: Dataset) -> Part:
+        if target_range is None:
+            labels = encode_labels(rows, column, names, split)
+        else:
+            labels = encode_targets(rows, column, *target_range, split)
+        return Part(rows=rows, labels=labels, indices=np.arange(len(rows)), split=split)
+
+    train = labelled("train", train_rows)
+    notes = []
+    evaluation = None
+    for name in eval_names:
+        if name in splits:
+            _require_rows(arguments, name, splits[name])
+            if not _is_unlabelled(splits[name], column):
+                evaluation = labelled(name, splits[name])
+                break
+    if evaluation is None:
+        train, evaluation = hold_out_fold(train, arguments.num_folds, arguments.fold, arguments.split_seed)
+        notes.append(f"eval is fold {arguments.fold} of {arguments.num_folds} held out of train")
+    if names is not None and len(np.unique(train.labels)) < 2:
+        raise InputError(
+            "label_column", column, "every training example has the same label.", "Use data with two classes or more."
+        )
+    predict = None
+    for name in predict_names:
+        if name in splits and name != evaluation.split and _is_unlabelled(splits[name], column):
+            rows = splits[name]
+            predict = Part(rows=rows, labels=None, indices=np.arange(len(rows)), split=name)
+            break
+
+    train = subset(train, arguments.max_train_samples, arguments.split_seed, "max_train_samples")
+    evaluation = subset(evaluation, arguments.max_eval_samples, arguments.split_seed, "max_eval_samples")
+    train, controller = carve_controller(train, arguments.controller_split, arguments.split_seed)
+    description = "; ".join([source.description, *notes])
+    return LabelledSplits(train, controller, evaluation, predict, names, description, notes)
+
+
+def _require_rows(arguments: DataArguments, split: str, rows: Dataset) -> None:
+    if len(rows) == 0:
+        raise InputError(
+            "dataset_name",
+            arguments.dataset_name,
+            f"its {split} split is empty.",
+            "Give a source with rows in that split, or leave the split out.",
+        )
+
+
+def _is_unlabelled(rows: Dataset, column: str) -> bool:
+    if column not in rows.column_names:
+        return True
+    return all(_is_missing(value) or value == UNLABELLED for value in rows.unique(column))

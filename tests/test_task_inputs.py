@@ -1,0 +1,379 @@
+"""Whatever cannot work ends before training, with one message that names the field, the value and the remedy."""
+
+import io
+import subprocess
+import sys
+from unittest.mock import MagicMock
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from PIL import Image
+
+from hf_alrs.experiment import DataArguments, InputError
+from tasks import TASKS, get_task
+from tasks.text import train_word_tokenizer
+
+
+def refused(**options) -> InputError:
+    arguments = DataArguments(**options)
+    with pytest.raises(InputError) as caught:
+        TASKS[arguments.task_name].prepare(arguments)
+    error = caught.value
+    assert error.field and error.rule and error.remedy
+    assert "\n" not in str(error)
+    return error
+
+
+def write_csv(folder, train, test=None):
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame(train).to_csv(folder / "train.csv", index=False)
+    if test is not None:
+        pd.DataFrame(test).to_csv(folder / "test.csv", index=False)
+    return str(folder)
+
+
+def texts(count, **extra):
+    return {"text": [f"some word{n}" for n in range(count)], "label": [n % 2 for n in range(count)], **extra}
+
+
+def save_encoder(folder, vocab_size=None, positions=16):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = train_word_tokenizer(["one two three four five six"], 16, for_encoder=True)
+    config = BertConfig(
+        vocab_size=vocab_size or len(tokenizer),
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=positions,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# --- tasks and arguments ---
+
+
+def test_unknown_task():
+    with pytest.raises(InputError, match="did you mean `imdb`") as caught:
+        get_task("imbd")
+    assert caught.value.field == "task_name" and "sst2" in caught.value.rule
+    assert get_task("sst2") is TASKS["sst2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"max_train_samples": 0}, "max_train_samples"),
+        ({"max_eval_samples": -1}, "max_eval_samples"),
+        ({"max_seq_length": 0}, "max_seq_length"),
+        ({"controller_split": 1.0}, "controller_split"),
+        ({"controller_split": -0.1}, "controller_split"),
+        ({"split_seed": -1}, "split_seed"),
+        ({"num_folds": 1}, "num_folds"),
+        ({"fold": 5}, "fold"),
+        ({"model_type": "lstm"}, "model_type"),
+        ({"model_type": "bilstm", "model_name_or_path": "some/model"}, "model_type"),
+    ],
+)
+def test_arguments_out_of_range(options, field):
+    assert refused(task_name="imdb", dataset_name="sample", **options).field == field
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"augmentation": "cutout"}, "augmentation"),
+        ({"model_type": "resnet50"}, "model_type"),
+        ({"model_type": "pretrained"}, "model_type"),
+    ],
+)
+def test_vision_arguments(options, field):
+    assert refused(task_name="cifar10", dataset_name="sample", **options).field == field
+
+
+def test_pairs_need_an_encoder_and_have_no_sample(tmp_path):
+    assert refused(task_name="mrpc", model_type="bilstm").field == "model_type"
+    model = save_encoder(tmp_path / "model")
+    error = refused(task_name="mrpc", dataset_name="sample", model_name_or_path=model)
+    assert error.field == "dataset_name" and "no built-in sample" in error.rule
+
+
+# --- sources ---
+
+
+def test_missing_file_and_folder():
+    for name in ("./nowhere", "/nowhere/at/all", "missing.csv", "a/b/c"):
+        error = refused(task_name="imdb", dataset_name=name)
+        assert (error.field, error.value) == ("dataset_name", name) and "no such file" in error.rule
+
+
+def test_folder_without_data(tmp_path):
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    assert "no data files" in refused(task_name="imdb", dataset_name=str(tmp_path / "empty")).rule
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thing.xyz").write_text("no data")
+    assert "cannot be read" in refused(task_name="imdb", dataset_name=str(tmp_path / "notes")).rule
+
+
+def test_unreadable_file(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"not parquet at all")
+    assert "cannot be read" in refused(task_name="imdb", dataset_name=str(tmp_path / "train.parquet")).rule
+    (tmp_path / "train.xyz").write_text("x")
+    assert "must end in" in refused(task_name="imdb", dataset_name=str(tmp_path / "train.xyz")).rule
+
+
+def hub_http_error():
+    # Whichever HTTP library the Hub's client uses, its error keeps the response.
+    return HfHubHTTPError("503 from the Hub", response=MagicMock(status_code=503, headers={}))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach the Hub"),
+        OfflineModeIsEnabled("offline"),
+        LocalEntryNotFoundError("not in the cache"),
+        hub_http_error(),
+        RuntimeError("Cannot send a request, as the client has been closed."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("task_name", ["imdb", "cifar10"])
+def test_hub_that_cannot_be_reached(task_name, error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    caught = refused(task_name=task_name)
+    assert caught.field == "dataset_name" and caught.value == {"imdb": "stanfordnlp/imdb"}.get(
+        task_name, "uoft-cs/cifar10"
+    )
+    assert "cannot be reached" in caught.rule and "local folder" in caught.remedy and "`sample`" in caught.remedy
+
+
+def test_dataset_that_is_not_on_the_hub(monkeypatch):
+    def fail(*args, **kwargs):
+        raise DatasetNotFoundError("doesn't exist")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    assert "nor a dataset on the Hub" in refused(task_name="imdb", dataset_name="some/thing").rule
+
+
+def test_offline_hub_for_real(tmp_path):
+    # In a process of its own, as offline mode is read at import.
+    code = (
+        "from hf_alrs.experiment import DataArguments, InputError\n"
+        "from tasks import get_task\n"
+        "for name in ('imdb', 'sst2'):\n"
+        "    try:\n"
+        "        get_task(name).prepare(DataArguments(task_name=name))\n"
+        "    except InputError as error:\n"
+        "        print(error.field)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path),
+            "PATH": "",
+            "PYTHONPATH": str(TASKS["sst2"].recipe.parents[2]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    # SST-2 looks at its encoder first, IMDB has none.
+    assert result.stdout.split() == ["dataset_name", "model_name_or_path"], result.stderr
+
+
+def test_importing_tasks_loads_no_task_module():
+    # What the modules need beyond hf_alrs' own imports is loaded when a task is prepared.
+    code = (
+        "import sys, tasks; print([n for n in sys.modules if n.startswith('tasks.') or n in ('sklearn', 'evaluate')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=TASKS["sst2"].recipe.parents[2]
+    )
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_titanic_has_no_default_source():
+    error = refused(task_name="titanic")
+    assert error.field == "dataset_name" and "train.csv" in error.remedy
+
+
+# --- columns, labels, splits ---
+
+
+def test_missing_columns(tmp_path):
+    folder = write_csv(tmp_path / "data", texts(20), texts(20))
+    error = refused(task_name="imdb", dataset_name=folder, text_column="txt")
+    assert (error.field, error.value) == ("text_column", "txt") and "nearest is `text`" in error.rule
+    assert refused(task_name="imdb", dataset_name=folder, label_column="lable").field == "label_column"
+    other = write_csv(tmp_path / "other", {"words": ["a"] * 20, "label": [0, 1] * 10})
+    assert refused(task_name="imdb", dataset_name=other).field == "text_column"
+    unlabelled = write_csv(tmp_path / "unlabelled", {"text": ["a"] * 20})
+    assert refused(task_name="imdb", dataset_name=unlabelled).field == "label_column"
+    assert refused(task_name="cifar10", dataset_name=folder).field == "image_column"
+    model = save_encoder(tmp_path / "model")
+    error = refused(task_name="rte", dataset_name=folder, model_name_or_path=model)
+    assert error.field == "text_pair_column"
+    # Saved numbers cannot be applied to a table without their columns.
+    from tasks.tabular import TabularProcessor
+
+    with pytest.raises(InputError, match="size"):
+        TabularProcessor([{"column": "size", "fill": 0, "mean": 0, "scale": 1}])(pd.DataFrame({"other": [1]}))
+
+
+@pytest.mark.parametrize("wrong", [2, -3, 0.5, None])
+def test_label_outside_the_range(wrong, tmp_path):
+    data = texts(20)
+    data["label"][7] = wrong
+    error = refused(task_name="imdb", dataset_name=write_csv(tmp_path / "data", data))
+    assert error.field == "label" and "row 7 of the train split" in error.rule
+
+
+def test_eval_label_that_train_does_not_have(tmp_path):
+    def named(count):
+        return {"text": ["a"] * count, "label": ["cold", "warm"] * (count // 2)}
+
+    test = named(10)
+    test["label"][3] = "hot"
+    error = refused(task_name="imdb", dataset_name=write_csv(tmp_path / "data", named(20), test))
+    assert error.value == "hot" and "row 3 of the test split" in error.rule
+
+
+def test_regression_target_outside_the_range(tmp_path):
+    data = {"sentence1": ["a"] * 20, "sentence2": ["b"] * 20, "label": [2.5] * 19 + [7.0]}
+    folder = write_csv(tmp_path / "data", data)
+    error = refused(task_name="stsb", dataset_name=folder, model_name_or_path=save_encoder(tmp_path / "model"))
+    assert error.value == 7.0 and "outside 0 to 5" in error.rule
+
+
+def test_row_without_a_text(tmp_path):
+    data = texts(20)
+    data["text"][4] = None
+    error = refused(task_name="imdb", dataset_name=write_csv(tmp_path / "data", data), controller_split=0.0)
+    assert error.field == "text_column" and "row 4" in error.rule
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_empty_split(suffix, tmp_path):
+    full = pd.DataFrame(texts(20))
+
+    def source(name, **splits):
+        (tmp_path / name).mkdir()
+        for split, rows in splits.items():
+            path = tmp_path / name / f"{split}.{suffix}"
+            if suffix == "csv":
+                rows.to_csv(path, index=False)
+            elif suffix == "jsonl":
+                rows.to_json(path, orient="records", lines=True)
+            else:
+                rows.to_parquet(path)
+        return str(tmp_path / name)
+
+    for name, splits in (
+        ("no_test", {"train": full, "test": full[:0]}),
+        ("no_train", {"train": full[:0], "test": full}),
+        ("nothing", {"train": full[:0]}),
+    ):
+        error = refused(task_name="imdb", dataset_name=source(name, **splits))
+        assert error.field == "dataset_name" and "empty" in error.rule
+
+
+def test_empty_split_of_a_loaded_dataset():
+    from datasets import Dataset
+
+    from tasks.sources import Source, split_examples
+
+    rows = Dataset.from_dict(texts(20))
+    for splits in ({"train": rows, "test": rows.select([])}, {"train": rows.select([]), "test": rows}):
+        with pytest.raises(InputError, match="split is empty"):
+            split_examples(DataArguments(), Source(splits, "in memory"))
+
+
+def test_one_class_only(tmp_path):
+    folder = write_csv(tmp_path / "data", {"text": ["a"] * 20, "label": [1] * 20})
+    assert refused(task_name="imdb", dataset_name=folder).field == "label_column"
+    names = write_csv(tmp_path / "names", {"text": ["a"] * 20, "label": ["same"] * 20})
+    assert refused(task_name="imdb", dataset_name=names).field == "label_column"
+
+
+def test_too_few_examples_to_stratify(tmp_path):
+    folder = write_csv(tmp_path / "data", texts(8), texts(8))
+    assert refused(task_name="imdb", dataset_name=folder).field == "controller_split"
+    assert refused(task_name="imdb", dataset_name=folder, max_train_samples=1).field == "max_train_samples"
+    assert refused(task_name="imdb", dataset_name=folder, max_eval_samples=1).field == "max_eval_samples"
+    single = write_csv(tmp_path / "single", texts(8))
+    assert refused(task_name="imdb", dataset_name=single).field == "num_folds"
+    rare = texts(40)
+    rare["label"] = [0] * 39 + [1]
+    folder = write_csv(tmp_path / "rare", rare, texts(8))
+    assert refused(task_name="imdb", dataset_name=folder).field == "controller_split"
+
+
+def test_table_without_usable_columns(tmp_path):
+    names = write_csv(tmp_path / "data", {"name": [f"n{n}" for n in range(40)], "label": [0, 1] * 20})
+    assert "no column" in refused(task_name="titanic", dataset_name=names).rule
+    assert refused(task_name="titanic", dataset_name="sample", model_name_or_path="x/y").field == "model_name_or_path"
+    assert refused(task_name="titanic", dataset_name="sample", label_column="Survive").field == "label_column"
+
+
+# --- images ---
+
+
+@pytest.mark.parametrize("damage", ["noise", "cut", "missing"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_corrupt_image_is_named(damage, cached, tmp_path, monkeypatch):
+    if not cached:
+        monkeypatch.setattr("tasks.vision.MAX_CACHED_BYTES", 0)
+    generator = np.random.default_rng(0)
+
+    def jpeg():
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    images = [jpeg() for _ in range(20)]
+    images[13] = {"noise": b"no image", "cut": images[13][:-150], "missing": None}[damage]
+    (tmp_path / "data").mkdir()
+    frame = pd.DataFrame({"img": images, "label": [n % 10 for n in range(20)]})
+    frame.to_parquet(tmp_path / "data" / "train.parquet")
+    frame.iloc[:10].to_parquet(tmp_path / "data" / "test.parquet")
+    error = refused(task_name="cifar10", dataset_name=str(tmp_path / "data"), controller_split=0.0)
+    assert error.field == "image_column" and "image 13 of the train split" in error.rule
+
+
+# --- models ---
+
+
+def test_tokenizer_and_model_that_do_not_fit(tmp_path):
+    folder = save_encoder(tmp_path / "model", vocab_size=5)
+    error = refused(task_name="imdb", dataset_name="sample", model_name_or_path=folder)
+    assert error.field == "model_name_or_path" and "do not fit" in error.rule and "embedding of 5" in error.rule
+
+
+def test_text_longer_than_the_model_reads(tmp_path):
+    folder = save_encoder(tmp_path / "model")
+    error = refused(task_name="imdb", dataset_name="sample", model_name_or_path=folder, max_seq_length=64)
+    assert error.field == "max_seq_length" and "16 tokens" in error.rule
+
+
+def test_folder_without_a_model(tmp_path):
+    for task_name in ("imdb", "cifar10"):
+        error = refused(task_name=task_name, dataset_name="sample", model_name_or_path=str(tmp_path))
+        assert error.field == "model_name_or_path" and "no usable config" in error.rule
+
+
+def test_folder_without_weights(tmp_path):
+    folder = save_encoder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    arguments = DataArguments(task_name="imdb", dataset_name="sample", model_name_or_path=folder)
+    with pytest.raises(InputError, match="no usable model"):
+        TASKS["imdb"].prepare(arguments).model_init()

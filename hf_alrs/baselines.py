@@ -79,6 +79,9 @@ BASELINES: dict[str, Baseline] = {
         needs_evaluation=True,
         description="transformers' GreedyLR on the controller's split, with a min_lr of 0",
     ),
+    "range_test": Baseline(
+        "range_test", description="learning-rate range test over a tenth of the run, then linear decay"
+    ),
     "schedule_free": Baseline(
         "constant", optimizer="schedule_free", description="Schedule-Free AdamW (SGD where the task uses it)"
     ),

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
 
 from .baselines import BASELINES
 from .callback import HISTORY_NAME
@@ -97,7 +99,11 @@ class CompareArguments:
     )
     jobs: int = field(default=1, metadata={"help": "Runs at a time, each in a process of its own."})
 
+    executor: str = field(default="local", metadata={"help": "`local`, or `ray` for a Ray cluster (the extra `ray`)."})
+
     def __post_init__(self) -> None:
+        if self.executor not in ("local", "ray"):
+            raise InputError("executor", self.executor, "must be `local` or `ray`.", "Leave it out.")
         for name in self.schedulers:
             find_baseline(name)
         for rate in self.learning_rates:
@@ -257,12 +263,13 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
         `dict[str, float]`: The metrics of the last evaluation, with `eval_` keys and `epoch`.
     """
     types = (DataArguments, ALRSArguments, RunArguments, TrainingArguments)
-    task, (data, alrs, _, args), _ = parse(arguments, types, tasks, default_task)
+    task, (data, alrs, _, args), changed = parse(arguments, types, tasks, default_task)
     find_baseline(alrs.scheduler)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     config = alrs.to_config(args.seed)
     _set_up_logging(args)
-    if not (args.do_train or args.do_eval or args.do_predict):
+    # TrainingArguments turns do_eval on by itself where eval_strategy is set: ask what was given.
+    if not any(changed.get(name) for name in ("do_train", "do_eval", "do_predict")):
         args.do_train = args.do_eval = True
     with args.main_process_first(desc="dataset"):
         prepared = task.prepare(data)
@@ -308,7 +315,9 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
     names = {f.name for f in fields(TrainingArguments)}
     output_dir = Path(args.output_dir)
     rates = matrix.learning_rates or [args.learning_rate]
-    specs = build_matrix(task.name, matrix.schedulers, rates, matrix.seeds)
+    # A sample is not the task that it stands in for
+    name = f"{task.kind}-sample" if data.dataset_name == SAMPLE else task.name
+    specs = build_matrix(name, matrix.schedulers, rates, matrix.seeds)
     experiment = Experiment(
         task=task,
         data=data,
@@ -323,7 +332,9 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
         flush=True,
     )
     with MatrixProgress(len(left)) as progress:
-        failed = run_matrix(experiment, specs, output_dir, matrix.jobs, progress.on_step, progress.on_done)
+        failed = run_matrix(
+            experiment, specs, output_dir, matrix.jobs, matrix.executor, progress.on_step, progress.on_done
+        )
     summary = build_report(output_dir)
     _print_summary(summary, output_dir)
     if failed:
@@ -344,13 +355,18 @@ def _print_summary(summary: Mapping[str, Any], output_dir: Path) -> None:
             loss, score = cell["final"]["eval_loss"], cell["final"][table["score"]]
             print(
                 f"{cell['scheduler']:24}{cell['learning_rate']:>13g}{cell['num_runs']:>6}  "
-                f"{loss['mean']:.4f} +- {loss['sd']:.4f}   "
-                f"{score['mean']:.4f} +- {score['sd']:.4f}"
+                f"{_plus_minus(loss)}   {_plus_minus(score)}"
             )
     print("\nConclusion")
     for sentence in summary["conclusion"]:
         print(f"- {sentence['text']}")
     print(f"\nReport: {output_dir / 'report.html'}")
+
+
+def _plus_minus(spread: Mapping[str, float | str | None]) -> str:
+    """Mean and standard deviation; runs that failed count as the worst value, which may be infinite."""
+    mean, sd = (float("nan") if spread[key] is None else float(spread[key]) for key in ("mean", "sd"))
+    return f"{mean:.4f}" if math.isnan(sd) else f"{mean:.4f} +- {sd:.4f}"
 
 
 class MatrixProgress:
@@ -418,7 +434,7 @@ def _print_plan(task: Task, prepared: PreparedTask, args: TrainingArguments, sch
     print(
         f"Scheduler {scheduler} from learning rate {args.learning_rate:g}, batch "
         f"{args.per_device_train_batch_size} on each of {args.world_size} process(es), "
-        f"optimizer {args.optim}, seed {args.seed}",
+        f"optimizer {OptimizerNames(args.optim).value}, seed {args.seed}",
         flush=True,
     )
 

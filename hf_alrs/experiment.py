@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .baselines import BASELINES, Baseline, scheduler_kwargs
 from .callback import ALRSTrainer
 from .config import ALRSConfig, InputError
+from .range_test import RangeTestScheduler
 from .scheduler import get_scheduler
 
 
@@ -130,16 +131,26 @@ class NamedSchedulerTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
+            optimizer = optimizer if optimizer is not None else self.optimizer
+            self._created_lr_scheduler = True
+            if self.baseline.scheduler == "range_test":
+                self.lr_scheduler = RangeTestScheduler(optimizer, num_training_steps)
+                return self.lr_scheduler
             warmup, kwargs = scheduler_kwargs(self.baseline, num_training_steps)
             self.lr_scheduler = get_scheduler(
                 self.baseline.scheduler,
-                optimizer if optimizer is not None else self.optimizer,
+                optimizer,
                 num_warmup_steps=max(warmup, self.args.get_warmup_steps(num_training_steps)),
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs=kwargs,
             )
-            self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if isinstance(self.lr_scheduler, RangeTestScheduler):
+            self.lr_scheduler.observe(loss)
+        return loss
 
 
 def find_baseline(name: str) -> Baseline:

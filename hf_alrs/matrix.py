@@ -7,11 +7,13 @@ all. `results_schema.json` describes a file.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -20,17 +22,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from .callback import ALRSTrainer
-from .config import ALRSConfig
+from .config import ALRSConfig, InputError
 from .experiment import HELD_OUT, DataArguments, PreparedTask, Task, build_trainer
 from .scheduler import ALRSScheduler
 
@@ -245,7 +249,8 @@ def run_cell(
             trainer.remove_callback(PrinterCallback)
             if isinstance(trainer, ALRSTrainer):
                 trainer.alrs_callback.write_history = False
-            record["config"]["training"] |= {"optim": str(args.optim), "eval_steps": args.eval_steps}
+            record["config"]["model"] = type(model).__name__
+            record["config"]["training"] |= {"optim": OptimizerNames(args.optim).value, "eval_steps": args.eval_steps}
             before = time.perf_counter()
             record["benchmark_results"] = _scores(trainer.evaluate(prepared.eval_dataset))
             record["benchmark_results"].pop("epoch", None)
@@ -386,6 +391,7 @@ def run_matrix(
     specs: Sequence[RunSpec],
     output_dir: Path,
     num_jobs: int = 1,
+    executor: str = "local",
     on_step: Callable[[RunSpec, int, int, float | None], None] | None = None,
     on_done: Callable[[RunSpec, str], None] | None = None,
 ) -> int:
@@ -398,76 +404,84 @@ def run_matrix(
         output_dir (`Path`): Folder of the result files.
         num_jobs (`int`, *optional*, defaults to 1): Processes; each gets its share of the threads, and a GPU of its
             own where there are several.
-        on_step (`Callable`, *optional*): Told cell, step, steps in all, and loss (with one job only).
+        executor (`str`, *optional*, defaults to `"local"`): `"local"`, or `"ray"` for a Ray cluster (the one of
+            `RAY_ADDRESS`, else one that is started on this machine); the files are written here in both cases.
+        on_step (`Callable`, *optional*): Told cell, step, steps in all, and loss (with one local job only).
         on_done (`Callable`, *optional*): Told cell and status when a cell ends.
 
     Returns:
         `int`: How many of the cells of the whole matrix failed.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    open_cells = missing(specs, output_dir)
-    if num_jobs > 1 and len(open_cells) > 1:
-        _run_parallel(experiment, open_cells, output_dir, num_jobs, on_done)
-    elif open_cells:
-        prepared: dict[tuple[int, int], PreparedTask] = {}
-        for spec in open_cells:
-            task = _prepare(experiment, prepared)
-            step = None if on_step is None else _bound_to(on_step, spec)
-            record = run_cell(experiment, spec, task, step)
-            write_record(record, output_dir / spec.file_name)
-            if on_done is not None:
-                on_done(spec, record["status"])
+    cells = missing(specs, output_dir)
+    if executor == "ray":
+        finished = _ray_records(experiment, cells)
+    elif num_jobs > 1 and len(cells) > 1:
+        finished = _parallel_records(experiment, cells, num_jobs)
+    else:
+        finished = _serial_records(experiment, cells, on_step)
+    for spec, record in finished:
+        write_record(record, output_dir / spec.file_name)
+        if on_done is not None:
+            on_done(spec, record["status"])
     statuses = [json.loads((output_dir / spec.file_name).read_text())["status"] for spec in specs]
     return statuses.count("failed")
 
 
-def _bound_to(
-    on_step: Callable[[RunSpec, int, int, float | None], None], spec: RunSpec
-) -> Callable[[int, int, float | None], None]:
-    return lambda step, total, loss: on_step(spec, step, total, loss)
+_Records = Iterator[tuple[RunSpec, dict[str, Any]]]
 
 
-def _prepare(experiment: Experiment, cache: dict[tuple[int, int], PreparedTask]) -> PreparedTask:
-    key = (experiment.data.split_seed, experiment.data.fold)
-    if key not in cache:
-        cache[key] = experiment.task.prepare(replace(experiment.data))
-    return cache[key]
+def _serial_records(
+    experiment: Experiment,
+    specs: Sequence[RunSpec],
+    on_step: Callable[[RunSpec, int, int, float | None], None] | None,
+) -> _Records:
+    prepared = experiment.task.prepare(experiment.data) if specs else None
+    for spec in specs:
+        step = None if on_step is None else functools.partial(on_step, spec)
+        yield spec, run_cell(experiment, spec, prepared, step)
 
 
-_worker_cache: dict[tuple[int, int], PreparedTask] = {}
+# Data that a worker process has prepared, so that it does so once for all its cells
+_prepared: dict[str, PreparedTask] = {}
 
 
-def run_cell_to_file(experiment: Experiment, spec: RunSpec, output_dir: str, num_threads: int, gpu: int | None) -> str:
-    """One cell in a process of its own: prepares the data once a process, writes the file, returns the status."""
+def _run_in_worker(experiment: Experiment, spec: RunSpec, num_threads: int, gpu: int | None) -> dict[str, Any]:
     torch.set_num_threads(num_threads)
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    record = run_cell(experiment, spec, _prepare(experiment, _worker_cache))
-    write_record(record, Path(output_dir) / spec.file_name)
-    return record["status"]
+    key = f"{experiment.task.name} {experiment.data}"
+    if key not in _prepared:
+        _prepared[key] = experiment.task.prepare(experiment.data)
+    return run_cell(experiment, spec, _prepared[key])
 
 
-def _run_parallel(
-    experiment: Experiment,
-    specs: Sequence[RunSpec],
-    output_dir: Path,
-    num_jobs: int,
-    on_done: Callable[[RunSpec, str], None] | None,
-) -> None:
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
+def _parallel_records(experiment: Experiment, specs: Sequence[RunSpec], num_jobs: int) -> _Records:
     threads = max(1, torch.get_num_threads() // num_jobs)
     gpus = torch.cuda.device_count()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
         futures = {
-            pool.submit(
-                run_cell_to_file, experiment, spec, str(output_dir), threads, index % gpus if gpus > 1 else None
-            ): spec
+            pool.submit(_run_in_worker, experiment, spec, threads, index % gpus if gpus > 1 else None): spec
             for index, spec in enumerate(specs)
         }
         for future in as_completed(futures):
-            status = future.result()
-            if on_done is not None:
-                on_done(futures[future], status)
+            yield futures[future], future.result()
+
+
+def _ray_records(experiment: Experiment, specs: Sequence[RunSpec]) -> _Records:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError(
+            "executor", "ray", "needs the package ray.", "Install it with `pip install hf-alrs[ray]`."
+        ) from error
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
+    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run_in_worker)
+    pending = {remote.remote(experiment, spec, 1, None): spec for spec in specs}
+    while pending:
+        done, _ = ray.wait(list(pending))
+        for reference in done:
+            yield pending.pop(reference), ray.get(reference)

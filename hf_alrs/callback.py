@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
+from transformers.trainer_utils import has_length
 
 from .config import ALRSConfig, InputError
 from .scheduler import ALRSScheduler, get_scheduler
@@ -77,7 +78,7 @@ class ALRSCallback(TrainerCallback):
             self.scheduler, self._loss_seen = lr_scheduler, True
         else:
             self.scheduler = self._take_over(args, state, model, optimizer, lr_scheduler, train_dataloader)
-            self._forward_hook = model.register_forward_hook(self._after_forward)
+            self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
             self._loss_seen = False
         if self.write_history and state.is_world_process_zero:
             _keep_history(Path(args.output_dir) / HISTORY_NAME, state.global_step)
@@ -98,7 +99,7 @@ class ALRSCallback(TrainerCallback):
                 "is stepped by someone else or with a metric, so that two would set the rate.",
                 "Leave lr_scheduler_type at its default, and take `scheduler` out of a DeepSpeed configuration.",
             )
-        num_batches = len(train_dataloader) if hasattr(train_dataloader, "__len__") else None
+        num_batches = len(train_dataloader) if has_length(train_dataloader) else None
         scheduler = ALRSScheduler(
             optimizer,
             num_training_steps=state.max_steps,
@@ -130,13 +131,14 @@ class ALRSCallback(TrainerCallback):
         }
         return scheduler
 
-    def _after_forward(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+    def _after_forward(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
         if not module.training:
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
         if loss is not None:
             self._loss_seen = True
-            self.scheduler.observe(loss=loss.mean())
+            # Divided by the items of all micro-batches, losses add up to that of the step.
+            self.scheduler.observe(loss=loss.mean(), is_share=kwargs.get("num_items_in_batch") is not None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -217,8 +219,10 @@ class ALRSTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            batch_size = self.args.train_batch_size * self.args.world_size
-            sized = hasattr(self.train_dataset, "__len__")
+            num_batches = None
+            if has_length(self.train_dataset):
+                batches = len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size)
+                num_batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
             self.lr_scheduler = get_scheduler(
                 "alrs",
                 optimizer if optimizer is not None else self.optimizer,
@@ -226,9 +230,7 @@ class ALRSTrainer(Trainer):
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs={
                     "config": self.alrs_config,
-                    "steps_per_epoch": steps_per_epoch(
-                        self.args, math.ceil(len(self.train_dataset) / batch_size) if sized else None
-                    ),
+                    "steps_per_epoch": steps_per_epoch(self.args, num_batches),
                     "model": self.model,
                 },
             )
@@ -238,8 +240,7 @@ class ALRSTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if isinstance(self.lr_scheduler, ALRSScheduler):
-            # Trainer's losses sum to the step's loss, and the scheduler takes the mean of what it observes.
-            self.lr_scheduler.observe(loss=loss * self.current_gradient_accumulation_steps)
+            self.lr_scheduler.observe(loss=loss, is_share=True)
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:

@@ -544,3 +544,7 @@ def main() -> None:
         print(f"error: unknown command {sys.argv[1]!r}; the commands are\n{lines}", file=sys.stderr)
         sys.exit(2)
     _guard(COMMANDS[sys.argv[1]][0], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

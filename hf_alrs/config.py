@@ -123,7 +123,14 @@ class ALRSConfig:
             self._check_span(name, getattr(self, name))
         if self.decision_interval != "epoch":
             self._check_span("decision_interval", self.decision_interval)
-        for name in ("probes", "meta_num_epochs", "feedback_interval", "max_restarts", "seed"):
+        self._check(
+            "num_probes",
+            self.num_probes is None
+            or (isinstance(self.num_probes, int) and (self.num_probes == 0 or self.num_probes >= 3)),
+            "must be 0 or a whole number of at least 3: a best rate needs a worse one on each side.",
+            "Use 0 or 7.",
+        )
+        for name in ("meta_num_epochs", "feedback_interval", "max_restarts", "seed"):
             value = getattr(self, name)
             self._check(
                 name, isinstance(value, int) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more."

@@ -29,9 +29,11 @@ from .features import (
     Array,
     Moment,
     RunState,
+    capped_loss,
     clean_signals,
     feature_vector,
     initial_state,
+    loss_cap,
     restart_state,
     update_decision,
     update_evaluation,
@@ -42,6 +44,8 @@ from .network import MetaLRNetwork, load_network
 
 GATHER, FIT, DRIVE = "gather", "fit", "drive"
 
+# A regret curve needs a middle and two sides.
+MIN_PROBES = 3
 # Decisions at a static rate before the network is asked, after a restart
 WARM_DECISIONS = 2
 # Fall of ln(rate) below its maximum that shows that the weights were trained at a far too high rate
@@ -49,7 +53,6 @@ _RESTART_FALL = 1.0
 # A loss that is still this share of the initial one after `_NO_PROGRESS_DECISIONS` shows that training has not begun
 _NO_PROGRESS, _NO_PROGRESS_DECISIONS = 0.97, 6
 _DIVERGED_CHANGE = -math.log(10.0)
-_DIVERGED_LOSS = 1e3
 # Standard deviation of the noise added to features when the network is trained on the few rows of one run
 _JITTER = 0.05
 # Rows that one run's training set is blown up to, in batches, by jitter
@@ -189,9 +192,12 @@ class ALRSController:
         self._trained = [p.detach().clone() for p in self.network.parameters()]
         phase1 = steps_of(config.phase1_steps, num_training_steps)
         self._first_jump = max(1, math.ceil(phase1 / self.decision_interval))
-        self._probe_decisions = max(
-            2, math.ceil(steps_of(config.probe_steps, num_training_steps) / self.decision_interval)
-        )
+        probe_steps = steps_of(config.probe_steps, num_training_steps)
+        self._probe_decisions = max(2, math.ceil(probe_steps / self.decision_interval))
+        # A short run keeps at least half of its steps for phase 3.
+        room = num_training_steps / 2 - self._first_jump * self.decision_interval
+        fitting = int(room / (self._probe_decisions * self.decision_interval))
+        self._num_probes = 0 if min(config.probes, fitting) < MIN_PROBES else min(config.probes, fitting)
 
         self.phase = GATHER
         self.state: RunState = initial_state()
@@ -209,6 +215,7 @@ class ALRSController:
         self._probe_start = 0
         self._probe_losses: list[float] = []
         self._probe_outcomes: list[float] = []
+        self._probe_multipliers: list[float] = []
         self._before_probes: tuple[RunState, float, list[float]] | None = None
 
     # What the scheduler asks
@@ -233,7 +240,8 @@ class ALRSController:
         """The rate for the `step`-th optimizer step (counted from 0), under what has been decided so far."""
         warmup = min(1.0, (step + 1) / self.num_warmup_steps) if self.num_warmup_steps else 1.0
         decay = max(0.0, 1.0 - step / self.num_training_steps)
-        if self._probing:
+        if self._probing:  # on a schedule of their own, so that they can be compared
+            warmup = 1.0
             decay = max(0.0, 1.0 - (step - self._probe_start) / (self._probe_decisions * self.decision_interval))
         rate = self.initial_learning_rate * math.exp(self.log_multiplier) * warmup * decay
         return min(max(rate, self.config.min_lr), self.config.max_lr)
@@ -242,11 +250,11 @@ class ALRSController:
 
     def observe(self, loss: float) -> None:
         """Takes the training loss of one optimizer step."""
-        if not math.isfinite(loss) or loss > _DIVERGED_LOSS:
+        if not math.isfinite(loss) or loss > loss_cap(self.state):
             self.diverged = True
         self.state = update_step(self.state, loss, self.num_training_steps, self.decision_interval)
         if self._probing:
-            self._probe_losses.append(loss if math.isfinite(loss) else _DIVERGED_LOSS)
+            self._probe_losses.append(float(capped_loss(loss, self.state)))
 
     def observe_evaluation(self, loss: float, accuracy: float | None = None) -> None:
         """Takes the mean loss on the controller's split, and the accuracy (0 to 1) where the task has one."""
@@ -282,7 +290,7 @@ class ALRSController:
 
         if self._probing:
             return self._decide_probe(step, features, count)
-        if not self.jumped and count == self._first_jump and self.config.probes > 0 and finite:
+        if not self.jumped and count == self._first_jump and self._num_probes > 0 and finite:
             self._remember(features, math.nan, count)
             self._before_probes = (self.state, self.log_multiplier, features.tolist())
             return self._start_probe(step, features, "snapshot")
@@ -361,16 +369,17 @@ class ALRSController:
 
     @property
     def _probing(self) -> bool:
-        return 0 <= self._probe < self.config.probes
+        return 0 <= self._probe < self._num_probes
 
     def _start_probe(self, step: int, features: np.ndarray, action: str) -> Decision:
         self._probe += 1
         self._probe_losses = []
         self._probe_start = step + 1
         self.state, log_multiplier, _ = self._before_probes
-        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.probes)
+        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self._num_probes)
         self.log_multiplier = log_multiplier
         self._move(float(offsets[self._probe]))
+        self._probe_multipliers.append(self.log_multiplier)
         return Decision(GATHER, self.log_multiplier, None, action, features.tolist())
 
     def _decide_probe(self, step: int, features: np.ndarray, count: int) -> Decision:
@@ -379,7 +388,7 @@ class ALRSController:
             return Decision(GATHER, self.log_multiplier, None, None, features.tolist())
         tail = self._probe_losses[len(self._probe_losses) // 2 :]
         self._probe_outcomes.append(float(np.mean(tail)))
-        if self._probe + 1 < self.config.probes:
+        if self._probe + 1 < self._num_probes:
             return self._start_probe(step, features, "restore")
         self._probe += 1
         self.state, self.log_multiplier, first = self._before_probes
@@ -394,13 +403,12 @@ class ALRSController:
 
     def _probe_verdict(self) -> float | None:
         """ln(best probed rate / initial rate): the minimum of the smoothed curve of losses over rates."""
-        if self._probe < self.config.probes or not self._probe_outcomes:
+        if self._probe < self._num_probes or not self._probe_outcomes:
             return None
         curve = np.log(np.maximum(self._probe_outcomes, 1e-6))
         padded = np.concatenate([curve[:1], curve, curve[-1:]])
         smooth = 0.25 * padded[:-2] + 0.5 * padded[1:-1] + 0.25 * padded[2:]
-        offsets = np.linspace(-_PROBE_SPREAD, _PROBE_SPREAD, self.config.probes)
-        return float(offsets[int(np.argmin(smooth))])
+        return self._probe_multipliers[int(np.argmin(smooth))]
 
     # The network's own training
 
@@ -477,8 +485,8 @@ class ALRSController:
         "_probe_start",
         "_probe_losses",
         "_probe_outcomes",
+        "_probe_multipliers",
         "initial_learning_rate",
-        "num_training_steps",
     )
 
     def state_dict(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ SIGNALS = (
 
 _EPS = 1e-20
 _LOSS_EPS = 1e-6
-_LOSS_CAP = 1e3  # losses past this carry no more information than "diverged"
+_LOSS_CAP = 1e3  # losses past this many times the initial one carry no more information than "diverged"
 _LIMIT = 4.0
 
 
@@ -150,6 +150,20 @@ def restart_state(state: RunState, mask: Array) -> RunState:
     )
 
 
+def loss_cap(state: RunState) -> Array:
+    """The loss from which on a run counts as diverged: 1000 times the initial loss, infinite before it is known."""
+    return np.where(state.initial_count > 0, _LOSS_CAP * np.maximum(state.initial_loss, _LOSS_EPS), np.inf)
+
+
+def capped_loss(loss: Array, state: RunState) -> Array:
+    """`loss` as a finite number: at most `loss_cap`, and 1000 where not even the first loss was finite."""
+    cap = loss_cap(state)
+    known = np.isfinite(cap)
+    bad = np.where(known, cap, _LOSS_CAP)
+    loss = np.where(np.isnan(loss) | np.isposinf(loss), bad, np.where(np.isneginf(loss), 0.0, loss))
+    return np.where(known, np.minimum(loss, bad), loss)
+
+
 def update_step(state: RunState, loss: Array, num_training_steps: int, decision_interval: int) -> RunState:
     """
     The state after one more training loss.
@@ -158,11 +172,12 @@ def update_step(state: RunState, loss: Array, num_training_steps: int, decision_
 
     Args:
         state (`RunState`): The state before.
-        loss (`float` or `np.ndarray`): Training loss of the step; non-finite values count as 1000.
+        loss (`float` or `np.ndarray`): Training loss of the step; at most 1000 times the initial loss is taken, for
+            non-finite values too.
         num_training_steps (`int`): Length of the run in optimizer steps.
         decision_interval (`int`): Steps between two decisions.
     """
-    loss = np.minimum(np.nan_to_num(loss, nan=_LOSS_CAP, posinf=_LOSS_CAP, neginf=0.0), _LOSS_CAP)
+    loss = capped_loss(loss, state)
     count = state.step_count + 1
     fast = 1 / max(4.0, 0.02 * num_training_steps)
     slow = 1 / max(12.0, 0.1 * num_training_steps)
@@ -184,7 +199,7 @@ def update_step(state: RunState, loss: Array, num_training_steps: int, decision_
 
 def update_evaluation(state: RunState, eval_loss: Array, eval_accuracy: Array = 0.0) -> RunState:
     """The state after an evaluation on the controller's split: mean loss, and accuracy from 0 to 1 where there is one."""
-    eval_loss = np.clip(np.nan_to_num(eval_loss, nan=_LOSS_CAP, posinf=_LOSS_CAP), 0.0, _LOSS_CAP)
+    eval_loss = np.maximum(capped_loss(eval_loss, state), 0.0)
     best = np.where(state.eval_count > 0, np.minimum(state.eval_best, eval_loss), eval_loss)
     return replace(
         state,

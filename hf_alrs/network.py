@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -20,12 +22,43 @@ WEIGHTS_DIR = Path(__file__).parent / "weights"
 _OUTPUT_SCALE = 6.0
 
 
+_CARD = """---
+{{ card_data }}
+---
+
+# A network that sets learning rates
+
+It reads scale-free features of a training run and predicts ln(best peak rate / present peak rate). Use it in any
+`Trainer` script with hf-alrs:
+
+```python
+from hf_alrs import ALRSCallback, ALRSConfig
+
+callback = ALRSCallback(ALRSConfig(network="this repository or folder"))
+```
+
+## Training
+
+{{ training | default("Not described by the one who saved it.", true) }}
+
+## Measured
+
+{{ measured | default("Not measured by the one who saved it.", true) }}
+
+## Limits
+
+It was trained on small models and short runs; a linear decay to zero is part of the rate that it drives. It fits the
+version of the features in `config.json` alone.
+"""
+
+
 class MetaLRNetwork(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="hf-alrs",
     tags=["learning-rate", "meta-learning"],
     license="apache-2.0",
+    model_card_template=_CARD,
 ):
     """
     Feed-forward network with ReLU and one linear output in log space.
@@ -64,6 +97,11 @@ class MetaLRNetwork(
             if i < len(sizes) - 2:
                 layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers)
+
+    @classmethod
+    def _from_pretrained(cls, **kwargs: Any) -> MetaLRNetwork:
+        with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
+            return super()._from_pretrained(**kwargs)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -106,9 +144,9 @@ def load_network(name: str, hidden_sizes: Sequence[int], seed: int) -> MetaLRNet
                 f"weights are shipped for {', '.join(shipped)} alone.",
                 "Take one of these, or set network='scratch', or train one with `hf-alrs meta-train`.",
             )
-        return MetaLRNetwork.from_pretrained(str(folder))
+        return _from_pretrained(str(folder))
     try:
-        return MetaLRNetwork.from_pretrained(name)
+        return _from_pretrained(name)
     except InputError:
         raise
     except Exception as error:  # the Hub client raises many types: all mean that there is no network to use
@@ -118,3 +156,9 @@ def load_network(name: str, hidden_sizes: Sequence[int], seed: int) -> MetaLRNet
             f"no network could be loaded from there ({type(error).__name__}: {error}).",
             "Give 'default', 'scratch', a folder with config.json and model.safetensors, or a Hub id.",
         ) from error
+
+
+def _from_pretrained(name: str) -> MetaLRNetwork:
+    # The initial weights that loading overwrites must not be drawn from the generator that the run draws from.
+    with torch.random.fork_rng(devices=[]):
+        return MetaLRNetwork.from_pretrained(name)

@@ -112,19 +112,21 @@ class ALRSScheduler(LRScheduler):
 
     # What the training loop calls
 
-    def observe(self, loss: Any = None, grad_norm: Any = None) -> None:
+    def observe(self, loss: Any = None, grad_norm: Any = None, is_share: bool = False) -> None:
         """
         Takes live metrics of the optimizer step under way. No device synchronisation happens here.
 
         Args:
             loss (`torch.Tensor` or `float`, *optional*): Mean loss of the batch, before any division for gradient
                 accumulation; with accumulation call once per micro-batch, and the mean is taken.
+            is_share (`bool`, *optional*, defaults to `False`): Whether the losses of the micro-batches add up to that
+                of the step instead, as those that are divided by `num_items_in_batch` do.
             grad_norm (`torch.Tensor` or `float`, *optional*): Norm of the gradient before clipping, for the history.
         """
         if loss is not None:
             loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
             self._loss = loss if self._loss is None else self._loss + loss
-            self._micro_batches += 1
+            self._micro_batches = 1 if is_share else self._micro_batches + 1
         if grad_norm is not None:
             self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
 

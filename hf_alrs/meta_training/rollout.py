@@ -23,6 +23,7 @@ from ..features import (
     clean_signals,
     feature_vector,
     initial_state,
+    loss_cap,
     restart_state,
     update_decision,
     update_evaluation,
@@ -30,9 +31,6 @@ from ..features import (
 )
 from ..network import MetaLRNetwork
 from .population import Population
-
-
-_DIVERGED_LOSS = 1e3
 
 
 @dataclass
@@ -161,7 +159,7 @@ def rollout(
         rate = np.exp(initial + offset) * (1.0 - step / total)
         population.optimizer_step(torch.from_numpy(rate).float().to(population.device))
         values = loss.double().cpu().numpy()
-        finite &= np.isfinite(values) & (values <= _DIVERGED_LOSS)
+        finite &= np.isfinite(values) & (values <= loss_cap(state))
         state = update_step(state, values, total, interval)
         if 0 < step < total and step % interval == 0:
             signals = probe.measure()

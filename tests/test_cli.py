@@ -1,0 +1,131 @@
+"""The command line: recipes, precedence, the built-in sample, input errors with exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_alrs import cli
+from hf_alrs.cli import ALRSArguments, CompareArguments, RunArguments, find_task, parse, read_recipe, task_recipe
+from hf_alrs.config import InputError
+from hf_alrs.experiment import DataArguments
+from tasks import TASKS
+
+
+ROOT = Path(__file__).parents[1]
+TYPES = (DataArguments, ALRSArguments, RunArguments, TrainingArguments)
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line_beats_file_beats_task_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learning_rate: 3.0e-4\nper_device_train_batch_size: 7\n")
+    task, (data, alrs, _, args), changed = parse(
+        ["--task_name", "sst2", "--config", str(recipe), "--learning_rate", "5e-4"], TYPES, TASKS, "sst2"
+    )
+    assert task.name == "sst2" and data.task_name == "sst2"
+    assert args.learning_rate == 5e-4
+    assert args.per_device_train_batch_size == 7
+    assert args.num_train_epochs == 3  # sst2.yaml
+    assert alrs.scheduler == "alrs"
+    assert changed["learning_rate"] == 5e-4
+
+
+def test_no_arguments_mean_the_built_in_sample(capsys: pytest.CaptureFixture) -> None:
+    _, (data, _, _, args), _ = parse([], TYPES, TASKS, "sst2")
+    assert data.dataset_name == "sample"
+    assert "built-in" in capsys.readouterr().out
+    assert args.learning_rate == read_recipe(TASKS["sst2"].recipe.parent / "sample-text.yaml")["learning_rate"]
+
+
+def test_recipe_of_a_named_model() -> None:
+    recipe = task_recipe(TASKS["cifar10"], None, "resnet18")
+    assert recipe["optim"] == "sgd" and "model_type" not in recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("50", 50), ("0.025", 0.025), ("1", 1), ("1.0", 1.0), ("epoch", "epoch")]
+)
+def test_spans(text: str, expected: object) -> None:
+    value = ALRSArguments(decision_interval=text).to_config(0).decision_interval
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: ALRSArguments(phase1_steps="soon").to_config(0), "phase1_steps"),
+        (lambda: CompareArguments(schedulers=["linear", "lienar"]), "scheduler"),
+        (lambda: CompareArguments(learning_rates=[-1.0]), "learning_rates"),
+        (lambda: CompareArguments(jobs=0), "jobs"),
+        (lambda: CompareArguments(executor="slurm"), "executor"),
+        (lambda: find_task("sst3", TASKS), "task_name"),
+        (lambda: find_task("no.such.module:TASK", TASKS), "task"),
+        (lambda: read_recipe(Path("no-such-file.yaml")), "config"),
+    ],
+)
+def test_bad_values_name_their_field(make: object, field: str) -> None:
+    with pytest.raises(InputError) as error:
+        make()
+    assert error.value.field == field
+
+
+def test_recipe_that_is_no_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(InputError, match="mapping"):
+        read_recipe(path)
+    path.write_text("a: [")
+    with pytest.raises(InputError, match="YAML"):
+        read_recipe(path)
+
+
+def test_input_error_is_one_message_and_exit_code_2() -> None:
+    result = run("run_vision_alrs.py", "--dataset_name", "no/such/folder")
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
+    assert "no/such/folder" in result.stderr
+    shown = run("run_vision_alrs.py", "--dataset_name", "no/such/folder", "--debug")
+    assert "Traceback" in shown.stderr
+
+
+def test_task_given_by_module() -> None:
+    assert find_task("tasks:TASKS", {})["sst2"].name == "sst2"
+
+
+def test_installed_tasks_come_from_entry_points() -> None:
+    assert set(TASKS) <= set(cli.installed_tasks())
+
+
+def test_vision_script_end_to_end(tmp_path: Path) -> None:
+    """The script on the built-in digits: files, history, metrics; a second call resumes and has nothing left to do."""
+    arguments = ["--dataset_name", "sample", "--num_train_epochs", "3", "--network", "scratch", "--output_dir"]
+    result = run("run_vision_alrs.py", *arguments, str(tmp_path))
+    assert result.returncode == 0, result.stderr[-2000:]
+    metrics = json.loads((tmp_path / "eval_results.json").read_text())
+    assert {
+        "eval_loss",
+        "eval_accuracy",
+        "eval_f1",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+        "epoch",
+    } <= set(metrics)
+    before = json.loads((tmp_path / "benchmark_results.json").read_text())
+    assert before["eval_loss"] > metrics["eval_loss"]
+    assert "Benchmark Results (before training):" in result.stdout
+    history = [json.loads(line) for line in (tmp_path / "alrs_history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history] == list(range(1, len(history) + 1))
+    assert {line["phase"] for line in history} == {"gather", "fit", "drive"}
+    assert any(line.get("features") for line in history)
+    assert (tmp_path / "all_results.json").exists() and (tmp_path / "model.safetensors").exists()
+    again = run("run_vision_alrs.py", *arguments, str(tmp_path))
+    assert again.returncode == 0 and "Resuming" in again.stderr
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]

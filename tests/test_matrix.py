@@ -1,0 +1,196 @@
+"""A matrix of runs: comparable cells, stored runs that are not repeated, failures that are recorded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_alrs.baselines import BASELINES, scheduler_kwargs
+from hf_alrs.config import ALRSConfig
+from hf_alrs.experiment import DataArguments
+from hf_alrs.matrix import Experiment, RunSpec, build_matrix, hash_tensors, missing, run_matrix, write_record
+from hf_alrs.range_test import RangeTestScheduler, suggested_rate
+from hf_alrs.report import validate_result
+from tasks import TASKS
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    """Two epochs of the built-in tabular sample: about a second a run."""
+    return Experiment(
+        task=TASKS["titanic"],
+        data=DataArguments(task_name="titanic", dataset_name="sample"),
+        arguments={"num_train_epochs": 2.0, "per_device_train_batch_size": 32, "report_to": "none"},
+        alrs_config=ALRSConfig(network="scratch", num_probes=0),
+        num_evaluations=2,
+    )
+
+
+def read(folder: Path) -> dict[str, dict]:
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("*--*.json")}
+
+
+def test_cells_of_a_seed_start_alike_and_records_are_valid(experiment: Experiment, tmp_path: Path) -> None:
+    specs = build_matrix("sample", ["alrs", "linear", "reduce_lr_on_plateau"], [1e-3], [0, 1])
+    assert run_matrix(experiment, specs, tmp_path) == 0
+    records = read(tmp_path)
+    assert len(records) == 6
+    for name, record in records.items():
+        validate_result(record, name)
+        assert record["status"] == "completed"
+        steps = record["num_training_steps"]
+        assert record["history"]["step"] == list(range(1, steps + 1)), "every scheduler gets the same step budget"
+        assert record["evaluations"][-1]["step"] == steps
+        assert record["evaluations"][-1]["eval_loss"] == pytest.approx(record["results"]["eval_loss"])
+        assert "epoch" not in record["benchmark_results"]
+        assert (record["history"]["phase"] is not None) == (record["spec"]["scheduler"] == "alrs")
+    for seed in (0, 1):
+        cells = [r for r in records.values() if r["spec"]["seed"] == seed]
+        assert len({r["initial_state_hash"] for r in cells}) == 1
+        assert len({r["first_batch_hash"] for r in cells}) == 1
+        assert len({r["history"]["loss"][0] for r in cells}) == 1
+    assert len({r["initial_state_hash"] for r in records.values()}) == 2
+
+
+def test_stored_runs_are_not_repeated_and_a_rerun_gives_the_same_numbers(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    specs = build_matrix("sample", ["alrs", "constant"], [1e-3], [0])
+    done: list[RunSpec] = []
+    run_matrix(experiment, specs, tmp_path, on_done=lambda spec, status: done.append(spec))
+    first = read(tmp_path)
+    removed = tmp_path / specs[0].file_name
+    removed.unlink()
+    (tmp_path / f"{removed.stem}.123.tmp").write_text("{")  # what a killed write leaves behind
+    assert missing(specs, tmp_path) == [specs[0]]
+    run_matrix(experiment, specs, tmp_path, on_done=lambda spec, status: done.append(spec))
+    assert done == [*specs, specs[0]]
+    second = read(tmp_path)
+    for name in first:
+        for part in ("loss", "learning_rate", "grad_norm"):
+            assert first[name]["history"][part] == second[name]["history"][part]
+        assert first[name]["results"]["eval_loss"] == second[name]["results"]["eval_loss"]
+
+
+def test_a_failed_run_is_recorded_and_the_matrix_goes_on(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BASELINES, "broken", BASELINES["linear"].__class__("no_such_scheduler"))
+    specs = build_matrix("sample", ["broken", "linear"], [1e-3], [0])
+    assert run_matrix(experiment, specs, tmp_path) == 1
+    records = read(tmp_path)
+    broken = records[specs[0].file_name]
+    assert broken["status"] == "failed"
+    assert "no_such_scheduler" in broken["error"]
+    validate_result(broken, "broken")
+    assert records[specs[1].file_name]["status"] == "completed"
+
+
+def test_two_jobs_give_the_same_numbers_as_one(experiment: Experiment, tmp_path: Path) -> None:
+    specs = build_matrix("sample", ["linear", "alrs"], [1e-3], [0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two jobs get a thread each on two cores
+    try:
+        run_matrix(experiment, specs, tmp_path / "one")
+    finally:
+        torch.set_num_threads(threads)
+    run_matrix(experiment, specs, tmp_path / "two", num_jobs=2)
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    for name in one:
+        np.testing.assert_allclose(one[name]["history"]["loss"], two[name]["history"]["loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_resumes_to_the_same_results(tmp_path: Path) -> None:
+    def command(folder: Path) -> list[str]:
+        return [
+            sys.executable, "-m", "hf_alrs.cli", "compare", "--task", "titanic", "--dataset_name", "sample",
+            "--num_train_epochs", "3", "--schedulers", "alrs", "linear", "constant", "--seeds", "0", "1",
+            "--output_dir", str(folder),
+        ]  # fmt: skip
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list(killed.glob("*--*.json"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command(killed), cwd=ROOT, check=True, capture_output=True)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (whole, killed))
+    for summary in (first, second):
+        summary.pop("timing")
+        summary["plan"].pop("environment")
+    assert first == second
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_numbers(experiment: Experiment, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    specs = build_matrix("sample", ["linear", "alrs"], [1e-3], [0])
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        run_matrix(experiment, specs, tmp_path / "ray", executor="ray")
+    finally:
+        ray.shutdown()
+    run_matrix(experiment, specs, tmp_path / "local")
+    by_ray, local = read(tmp_path / "ray"), read(tmp_path / "local")
+    for name in local:
+        np.testing.assert_allclose(by_ray[name]["history"]["loss"], local[name]["history"]["loss"], rtol=1e-4)
+
+
+def test_a_record_is_strict_json_and_written_whole(tmp_path: Path) -> None:
+    write_record({"loss": [1.0, float("nan"), float("inf")]}, tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text()) == {"loss": [1.0, None, None]}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_hash_depends_on_values_and_names_alone() -> None:
+    a = {"x": torch.ones(2), "y": torch.zeros(1)}
+    assert hash_tensors(a) == hash_tensors({"y": torch.zeros(1), "x": torch.ones(2)})
+    assert hash_tensors(a) != hash_tensors({"x": torch.ones(2), "y": torch.ones(1)})
+
+
+def test_shapes_of_schedulers_that_are_told_when_to_decay() -> None:
+    warmup, kwargs = scheduler_kwargs(BASELINES["warmup_stable_decay"], 100)
+    assert (warmup, kwargs["num_stable_steps"], kwargs["num_decay_steps"]) == (5, 75, 20)
+    assert scheduler_kwargs(BASELINES["linear"], 100) == (0, {})
+
+
+def test_range_test_suggests_a_tenth_of_the_rate_of_the_lowest_loss() -> None:
+    rates = np.geomspace(1e-4, 1.0, 50)
+    losses = np.concatenate([np.linspace(1.0, 0.1, 30), np.full(20, 5.0)])
+    assert suggested_rate(rates, losses) == pytest.approx(rates[29] / 10)
+    losses[10:] = np.nan
+    assert suggested_rate(rates, losses) == pytest.approx(rates[9] / 10)
+
+
+def test_range_test_goes_back_to_the_initial_weights_then_decays() -> None:
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    scheduler = RangeTestScheduler(optimizer, num_training_steps=100)
+    rates = []
+    for _ in range(100):
+        if scheduler.last_epoch == 20:
+            assert weight.item() == 2.0
+        loss = (weight**2).sum()
+        loss.backward()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.observe(loss)
+        scheduler.step()
+        optimizer.zero_grad()
+    np.testing.assert_allclose(rates[:20], np.geomspace(1e-7, 1.0, 20))
+    np.testing.assert_allclose(rates[20:], scheduler.rate * (1 - np.arange(80) / 80))

@@ -1,0 +1,133 @@
+"""Offline training: regret curves, the regression on them, and the resumable command."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hf_alrs.config import InputError
+from hf_alrs.features import FEATURE_NAMES
+from hf_alrs.meta_training.bank import Group, group_path, load_group, run_group, save_group
+from hf_alrs.meta_training.command import read_config
+from hf_alrs.meta_training.spec import sample_spec
+from hf_alrs.meta_training.training import MetaTrainingConfig, States, fit, meta_train, regret_at, summarize
+from hf_alrs.network import MetaLRNetwork
+
+
+@pytest.fixture
+def group() -> Group:
+    """One task with two classes and a grid of four rates; chance is a loss of ln 2 and an error of 0.5."""
+    chance = math.log(2)
+    return Group(
+        spec=replace(sample_spec(0, 1.0), num_classes=2),
+        log_rates=torch.tensor([-4.0, -3.0, -2.0, -1.0]),
+        loss=torch.tensor([[chance, chance / 2, chance / 4, 5.0]]),
+        error=torch.tensor([[0.5, 0.3, 0.1, 0.5]]),
+        initial=[],
+    )
+
+
+def test_regret_is_0_for_the_best_run_and_1_for_chance(group: Group) -> None:
+    # half-way: loss excess (1/2 - 1/4) / (3/4) = 1/3, error excess (0.3 - 0.1) / 0.4 = 1/2; their mean is 5/12.
+    # diverged: the loss is capped at 2 ln 2 + 1, its excess is over 1.5 and is cut there; the error is chance.
+    torch.testing.assert_close(group.grid_regret, torch.tensor([[1.0, 5 / 12, 0.0, 1.25]]))
+
+
+def test_curve_is_smoothed_and_weight_grows_with_what_can_be_learnt(group: Group) -> None:
+    expected = [0.25 * 1 + 0.5 * 1 + 0.25 * 5 / 12, 0.25 + 0.5 * 5 / 12, 0.25 * 5 / 12 + 0.25 * 1.25, 0.75 * 1.25]
+    torch.testing.assert_close(group.curve, torch.tensor([expected]))
+    assert group.weight.tolist() == [1.0]  # gains 3/4 of the loss at chance, over 0.4
+    weak = replace(group, loss=torch.full((1, 4), 0.95 * math.log(2)))
+    assert weak.weight.tolist() == [0.0]
+
+
+def test_regret_between_and_beyond_the_points_of_the_grid() -> None:
+    curves = torch.tensor([[1.0, 0.0, 2.0]]).expand(4, -1)
+    origins = torch.full((4,), -2.0)
+    read = regret_at(curves, origins, 1.0, torch.tensor([-2.0, -1.5, -0.5, -4.0]))
+    torch.testing.assert_close(read, torch.tensor([1.0, 0.5, 1.0, 1.0 + 0.1 * 2]))
+
+
+def test_fit_learns_to_ask_for_the_best_rate() -> None:
+    """States whose first feature tells how far the rate is from the best one."""
+    torch.manual_seed(0)
+    offsets = torch.empty(4000).uniform_(-3, 3)
+    features = torch.zeros(4000, len(FEATURE_NAMES))
+    features[:, 0] = offsets
+    grid = torch.linspace(-5, -0.5, 16) * math.log(10)
+    best = grid[8]
+    states = States(
+        features=features.half(),
+        log_rates=best + offsets,
+        curves=((grid - best) / 5).square().expand(4000, -1),
+        origins=torch.full((4000,), float(grid[0])),
+        weights=torch.ones(4000),
+    )
+    network = MetaLRNetwork()
+    fit(network, states, num_iterations=300, batch_size=256, learning_rate=3e-3, seed=0)
+    with torch.no_grad():
+        error = (network.correction(features) + offsets).abs().mean()
+    assert error < 0.3, f"expected a correction of minus the offset, off by {error:.2f}"
+
+
+def test_a_group_survives_its_file(tmp_path: Path) -> None:
+    group = run_group(3, num_tasks=1, max_cost=1.0)
+    save_group(group, group_path(tmp_path, 3))
+    again = load_group(group_path(tmp_path, 3))
+    assert again.spec == group.spec
+    torch.testing.assert_close(again.loss, group.loss)
+    population = again.population(16)
+    loss, _ = population.run_fixed(group.log_rates, "linear")
+    torch.testing.assert_close(loss.view(1, 16), group.loss)
+
+
+def test_summary_is_weighted_over_tasks_that_can_be_learnt() -> None:
+    table = summarize(
+        [
+            {"regret": [[0.1, 0.3], [9.0, 9.0]], "weight": [1.0, 0.0], "restarts": 1.0},
+            {"regret": [[0.4, 0.6]], "weight": [0.5], "restarts": 0.0},
+        ]
+    )
+    np.testing.assert_allclose(table["regret_by_initial_rate"], [0.2, 0.4])
+    assert table["mean_regret"] == pytest.approx(0.3)
+    assert (table["num_tasks"], table["mean_restarts"]) == (2, 0.5)
+
+
+def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with pytest.raises(InputError, match="not a file"):
+        read_config(path)
+    path.write_text("output_dir: x\nnum_gruops: 3\n")
+    with pytest.raises(InputError, match="num_gruops"):
+        read_config(path)
+    path.write_text("output_dir: x\nnum_groups: 0\n")
+    with pytest.raises(InputError, match="num_groups"):
+        read_config(path)
+
+
+@pytest.mark.slow
+def test_a_small_meta_training_ends_and_resumes(tmp_path: Path) -> None:
+    config = MetaTrainingConfig(
+        output_dir=str(tmp_path),
+        num_groups=6,
+        num_held_out_groups=2,
+        num_tasks=2,
+        num_members=3,
+        num_rounds=2,
+        num_iterations=200,
+        max_cost=1.0,
+    )
+    report = meta_train(config)
+    assert math.isfinite(report["64-32"]["mean_regret"])
+    stages: list[str] = []
+    states = sorted((tmp_path / "states").iterdir())
+    states[0].unlink()
+    before = [path.stat().st_mtime_ns for path in states[1:]]
+    again = meta_train(config, lambda stage, done, total: stages.append(stage))
+    assert [path.stat().st_mtime_ns for path in states[1:]] == before, "finished work is found again"
+    assert again["64-32"] == report["64-32"]
+    assert json.loads((tmp_path / "report.json").read_text())["64-64"]["num_tasks"] >= 1

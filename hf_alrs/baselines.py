@@ -102,10 +102,5 @@ def scheduler_kwargs(baseline: Baseline, num_training_steps: int) -> tuple[int, 
     warmup = max(1, num_training_steps // 20) if baseline.scheduler in _SHAPES else 0
     kwargs = dict(baseline.scheduler_kwargs)
     if baseline.scheduler == "warmup_stable_decay":
-        decay = max(1, num_training_steps // 5)
-        kwargs |= {
-            "num_decay_steps": decay,
-            "num_stable_steps": max(0, num_training_steps - warmup - decay),
-            "decay_type": "linear",
-        }
+        kwargs |= {"num_decay_steps": max(1, num_training_steps // 5), "decay_type": "linear"}
     return warmup, kwargs

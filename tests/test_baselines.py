@@ -1,0 +1,68 @@
+"""Names of baselines and what they become."""
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_alrs.baselines import BASELINES
+from hf_alrs.config import ALRSConfig, InputError
+from hf_alrs.experiment import DataArguments, build_trainer, find_baseline
+from hf_alrs.scheduler import ALRSScheduler
+from tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return TASKS["titanic"].prepare(DataArguments(task_name="titanic", dataset_name="sample", max_train_samples=200))
+
+
+@pytest.mark.parametrize("name", [name for name in BASELINES if name != "alrs_64_64"])
+def test_every_baseline_trains(name: str, prepared, tmp_path) -> None:
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=40,
+        learning_rate=1e-3,
+        eval_strategy="steps",
+        eval_steps=20,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    config = ALRSConfig(network="scratch") if BASELINES[name].alrs_config is not None else None
+    trainer = build_trainer(prepared, prepared.model_init(), args, name, config)
+    trainer.train()
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    assert trainer.state.global_step == 40
+    assert 0 <= rate < 2
+    assert isinstance(trainer.lr_scheduler, ALRSScheduler) == name.startswith("alrs")
+    optimizer = type(trainer.optimizer.optimizer).__name__
+    expected = {"prodigy": "Prodigy", "schedule_free": "AdamWScheduleFree"}.get(name, "AdamW")
+    assert optimizer == expected
+    if BASELINES[name].needs_evaluation:
+        assert args.metric_for_best_model == "eval_controller_loss", "the reported split must not drive the rate"
+
+
+def test_schedule_free_keeps_the_kind_of_optimizer(prepared, tmp_path) -> None:
+    args = TrainingArguments(str(tmp_path), max_steps=2, optim="sgd", report_to="none")
+    trainer = build_trainer(prepared, prepared.model_init(), args, "schedule_free")
+    assert trainer.create_optimizer().__class__.__name__ == "SGDScheduleFree"
+
+
+def test_plateau_without_a_controller_split_is_refused(tmp_path) -> None:
+    data = DataArguments(task_name="titanic", dataset_name="sample", controller_split=0.0, max_train_samples=200)
+    prepared = TASKS["titanic"].prepare(data)
+    args = TrainingArguments(str(tmp_path), max_steps=2, report_to="none")
+    with pytest.raises(InputError, match="controller_split"):
+        build_trainer(prepared, prepared.model_init(), args, "reduce_lr_on_plateau")
+
+
+def test_ablations_differ_from_alrs_in_what_their_names_say() -> None:
+    base = ALRSConfig()
+    assert find_baseline("alrs_no_feedback").alrs_config == {"feedback_interval": 0}
+    assert find_baseline("alrs_phase1_only").alrs_config == {"phase1_steps": 1.0}
+    assert base.probes == 0 and ALRSConfig(network="scratch").probes == 7
+    assert ALRSConfig(**find_baseline("alrs_frozen_random").alrs_config).probes == 0
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match="schedule_free"):
+        find_baseline("sgdr")

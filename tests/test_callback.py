@@ -1,0 +1,552 @@
+"""The seam to transformers, on a real Trainer: the callback alone, and ALRSTrainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyClassifier, network_saying, tiny_classifier, tiny_dataset
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, InputError, get_scheduler
+from hf_alrs.callback import HISTORY_NAME
+
+
+Config = Callable[..., ALRSConfig]
+NUM_STEPS = 24
+
+
+def arguments(output_dir: Path, **changed: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**(defaults | changed))
+
+
+def rates_used(trainer: Trainer) -> list[float]:
+    """A list that fills with the rate of each optimizer step, as the optimizer itself sees it."""
+    used: list[float] = []
+
+    class Spy(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            inner.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+
+    trainer.add_callback(Spy())
+    return used
+
+
+def logged(trainer: Trainer, key: str = "learning_rate") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry and "loss" in entry]
+
+
+def history_of(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / HISTORY_NAME).read_text().splitlines()]
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def make_trainer(
+    route: str,
+    args: TrainingArguments,
+    config: ALRSConfig,
+    model: torch.nn.Module | None = None,
+    **kwargs: Any,
+) -> Trainer:
+    """A Trainer by either route."""
+    if "model_init" not in kwargs:
+        kwargs["model"] = model if model is not None else tiny_classifier()
+    kwargs.setdefault("train_dataset", tiny_dataset())
+    if route == "callback":
+        return Trainer(args=args, callbacks=[ALRSCallback(config)], **kwargs)
+    return ALRSTrainer(args=args, alrs_config=config, **kwargs)
+
+
+ROUTES = ["callback", "trainer"]
+routes = pytest.mark.parametrize("route", ROUTES)
+
+
+# Rates and history
+
+
+@routes
+@pytest.mark.parametrize("schedule", [{}, {"warmup_steps": 5}, {"lr_scheduler_type": "constant"}])
+def test_the_logged_rate_is_the_one_in_use(
+    route: str, schedule: dict[str, Any], tmp_path: Path, moving_config: Config
+) -> None:
+    trainer = make_trainer(route, arguments(tmp_path, **schedule), moving_config())
+    used = rates_used(trainer)
+    trainer.train()
+    history = history_of(tmp_path)
+    assert len(used) == NUM_STEPS
+    assert [entry["step"] for entry in history] == list(range(1, NUM_STEPS + 1))
+    assert [entry["learning_rate"] for entry in history] == used
+    assert logged(trainer) == used
+    multipliers = [entry["log_multiplier"] for entry in history if "features" in entry]
+    assert len(multipliers) == 7
+    assert len(set(multipliers)) > 4, f"the network must move the rate, got {multipliers}"
+    if "warmup_steps" in schedule:
+        assert used[:3] == pytest.approx([0.01 * (i + 1) / 5 * (1 - i / NUM_STEPS) for i in range(3)])
+
+
+@routes
+def test_the_history_shows_the_three_phases(route: str, tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer(route, arguments(tmp_path), moving_config())
+    trainer.train()
+    history = history_of(tmp_path)
+    phases = [entry["phase"] for entry in history]
+    assert sorted(set(phases), key=phases.index) == ["gather", "fit", "drive"]
+    decisions = [entry for entry in history if "features" in entry]
+    assert [entry["step"] for entry in decisions] == [4, 7, 10, 13, 16, 19, 22]
+    fit = next(entry for entry in decisions if entry["phase"] == "fit")
+    assert fit["network_change"] > 0
+    assert any(entry["network_change"] for entry in decisions if entry["phase"] == "drive")
+    assert all(math.isfinite(entry["loss"]) for entry in history)
+
+
+@routes
+def test_both_routes_agree(route: str, tmp_path: Path, moving_config: Config) -> None:
+    """On a plain run the callback sees what ALRSTrainer sees, so the rates are the same."""
+    rates = []
+    for other in ROUTES:
+        trainer = make_trainer(other, arguments(tmp_path / other), moving_config())
+        used = rates_used(trainer)
+        trainer.train()
+        rates.append(used)
+    assert rates[0] == rates[1]
+
+
+def test_the_loss_of_the_history_is_the_logged_one(tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer("trainer", arguments(tmp_path), moving_config())
+    trainer.train()
+    got = [entry["loss"] for entry in history_of(tmp_path)]
+    assert got == pytest.approx(logged(trainer, "loss"), abs=1e-4)  # Trainer rounds
+    assert logged(trainer, "alrs/phase")[-1] == 3
+    assert isinstance(logged(trainer, "alrs/log_multiplier")[-1], float)
+
+
+def test_no_history_where_none_is_wanted(tmp_path: Path, moving_config: Config) -> None:
+    callback = ALRSCallback(moving_config(), write_history=False)
+    trainer = Trainer(tiny_classifier(), arguments(tmp_path), train_dataset=tiny_dataset(), callbacks=[callback])
+    trainer.train()
+    assert not (tmp_path / HISTORY_NAME).exists()
+    assert callback.scheduler.history == []  # and nothing piles up
+
+
+@routes
+def test_the_history_is_strict_json(route: str, tmp_path: Path, moving_config: Config) -> None:
+    class Broken(TinyClassifier):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            output = super().forward(x, labels)
+            return output | ({"loss": output["loss"] * math.nan} if labels is not None else {})
+
+    args = arguments(tmp_path, max_steps=8, max_grad_norm=0.0)
+    make_trainer(route, args, moving_config(max_restarts=1), model=Broken()).train()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (tmp_path / HISTORY_NAME).read_text().splitlines()
+    entries = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [entry["loss"] for entry in entries] == [None] * 8
+    assert all(math.isfinite(entry["learning_rate"]) for entry in entries)
+
+
+@routes
+def test_a_second_training_starts_anew(route: str, tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer(route, arguments(tmp_path), moving_config())
+    used = rates_used(trainer)
+    trainer.train()
+    first = len(used)
+    trainer.callback_handler.pop_callback(trainer.callback_handler.callbacks[-1])
+    second = rates_used(trainer)
+    trainer.train()
+    assert first == NUM_STEPS
+    # Rates are counted by the hooks of both runs where the optimizer is the same object.
+    assert len(second) == NUM_STEPS
+    assert second[0] == pytest.approx(0.01)
+    history = history_of(tmp_path)
+    assert [entry["step"] for entry in history] == list(range(1, NUM_STEPS + 1))
+    assert [entry["learning_rate"] for entry in history] == second
+    assert logged(trainer) == second
+
+
+def test_the_users_own_scheduler_is_taken_over(tmp_path: Path, moving_config: Config) -> None:
+    model = tiny_classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=tiny_dataset(),
+        callbacks=[ALRSCallback(moving_config())],
+        optimizers=(optimizer, scheduler),
+    )
+    used = rates_used(trainer)
+    trainer.train()
+    assert used[:7] == pytest.approx([0.02 * (1 - i / NUM_STEPS) for i in range(7)])
+    assert logged(trainer) == used
+
+
+def test_optimizers_with_an_alrs_scheduler(tmp_path: Path, moving_config: Config) -> None:
+    model = tiny_classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    scheduler = get_scheduler("alrs", optimizer, 0, NUM_STEPS, {"config": moving_config()})
+    trainer = ALRSTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=tiny_dataset(), optimizers=(optimizer, scheduler)
+    )
+    used = rates_used(trainer)
+    trainer.train()
+    assert logged(trainer) == used
+    assert [entry["learning_rate"] for entry in history_of(tmp_path)] == used
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedulers_stepped_with_a_metric_are_refused(name: str, tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path, lr_scheduler_type=name, eval_strategy="steps", eval_steps=10)
+    trainer = make_trainer("callback", args, moving_config(), eval_dataset=tiny_dataset(16))
+    with pytest.raises(InputError, match="lr_scheduler_type"):
+        trainer.train()
+
+
+@routes
+def test_model_init(route: str, tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path)
+    trainer = make_trainer(route, args, moving_config(), model_init=lambda: tiny_classifier())
+    used = rates_used(trainer)
+    trainer.train()
+    assert logged(trainer) == used
+    assert len(history_of(tmp_path)) == NUM_STEPS
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(tiny_dataset(400))
+
+
+@routes
+def test_data_without_length(route: str, tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer(route, arguments(tmp_path), moving_config(), train_dataset=Stream())
+    trainer.train()
+    assert len(history_of(tmp_path)) == NUM_STEPS
+
+
+@routes
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_is_as_long_as_trainers(route: str, drop_last: bool, tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path, dataloader_drop_last=drop_last, gradient_accumulation_steps=2, max_steps=12)
+    # 68 examples: 8 or 9 batches, so 4 or 5 optimizer steps
+    trainer = make_trainer(
+        route, args, moving_config(decision_interval="epoch", phase1_steps=1), train_dataset=tiny_dataset(68)
+    )
+    trainer.train()
+    decisions = [entry["step"] for entry in history_of(tmp_path) if "features" in entry]
+    length = 4 if drop_last else 5
+    assert decisions == [1 + length * i for i in range(1, 11 // length + 1)]
+
+
+# Losses
+
+
+class Recorded(TinyClassifier):
+    """Keeps the logits and labels of every forward pass in training."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        output = super().forward(x, labels)
+        if self.training:
+            self.seen.append((output["logits"].detach().clone(), labels))
+        return output
+
+
+def recorded() -> Recorded:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Recorded()
+    model.seen = []
+    return model
+
+
+@pytest.mark.parametrize("accumulation", [1, 8])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_exact_mean_loss_is_observed(
+    accumulation: int, smoothing: float, tmp_path: Path, moving_config: Config
+) -> None:
+    model = recorded()
+    args = arguments(
+        tmp_path,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        label_smoothing_factor=smoothing,
+        max_steps=10,
+    )
+    labels_seen: list[torch.Tensor] = []  # with label smoothing the model gets none
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        labels_seen.append(torch.stack([row["labels"] for row in rows]))
+        return {"x": torch.stack([row["x"] for row in rows]), "labels": labels_seen[-1]}
+
+    trainer = make_trainer("trainer", args, moving_config(), model=model, data_collator=collate)
+    trainer.train()
+    logits = [logits for logits, _ in model.seen]
+    expected = []
+    for step in range(10):
+        at = slice(step * accumulation, (step + 1) * accumulation)
+        loss = torch.nn.functional.cross_entropy(
+            torch.cat(logits[at]), torch.cat(labels_seen[at]), label_smoothing=smoothing
+        )
+        expected.append(loss.item())
+    got = [entry["loss"] for entry in history_of(tmp_path)]
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+@routes
+def test_accumulation_changes_nothing(route: str, tmp_path: Path, moving_config: Config) -> None:
+    runs = []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        args = arguments(
+            tmp_path / str(accumulation),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.05,
+        )
+        make_trainer(route, args, moving_config()).train()
+        runs.append(history_of(Path(args.output_dir)))
+    for key in ("loss", "learning_rate"):
+        first, second = ([entry[key] for entry in run] for run in runs)
+        assert second == pytest.approx(first, rel=2e-3), key
+
+
+@routes
+def test_a_partial_last_accumulation_is_a_mean_too(route: str, tmp_path: Path, moving_config: Config) -> None:
+    # 20 examples by 4 in threes: the second step of each epoch has two micro-batches
+    args = arguments(
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=8, learning_rate=1e-9
+    )
+    model = recorded()
+    make_trainer(route, args, moving_config(), model=model, train_dataset=tiny_dataset(20)).train()
+    losses = [torch.nn.functional.cross_entropy(logits, labels).item() for logits, labels in model.seen]
+    expected = []
+    for epoch in range(4):
+        expected += [np.mean(losses[5 * epoch : 5 * epoch + 3]), np.mean(losses[5 * epoch + 3 : 5 * epoch + 5])]
+    assert [entry["loss"] for entry in history_of(tmp_path)] == pytest.approx(expected, rel=1e-5)
+
+
+class LanguageModelLoss(TinyClassifier):
+    """Normalises by the examples of the whole step when Trainer says how many, as language models do."""
+
+    accepts_loss_kwargs = True
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        output = super().forward(x, labels)
+        count = kwargs.get("num_items_in_batch")
+        if count is not None and labels is not None:
+            output["loss"] = output["loss"] * len(labels) / count
+        return output
+
+
+@routes
+def test_losses_normalised_by_the_whole_step(route: str, tmp_path: Path, moving_config: Config) -> None:
+    runs = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        args = arguments(
+            tmp_path / str(accumulation),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=4,
+            optim="sgd",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LanguageModelLoss()
+        make_trainer(route, args, moving_config(), model=model).train()
+        runs.append([entry["loss"] for entry in history_of(Path(args.output_dir))])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-3)
+
+
+@routes
+def test_evaluation_losses_are_not_training_losses(route: str, tmp_path: Path, moving_config: Config) -> None:
+    plain = make_trainer(route, arguments(tmp_path / "plain"), moving_config())
+    plain.train()
+    args = arguments(tmp_path / "evaluated", eval_strategy="steps", eval_steps=2)
+    evaluated = make_trainer(route, args, moving_config(), eval_dataset=tiny_dataset(16, seed=9))
+    evaluated.train()
+    assert history_of(tmp_path / "plain") == history_of(tmp_path / "evaluated")
+
+
+def test_the_callback_says_when_it_sees_no_loss(
+    tmp_path: Path, moving_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    trainer = make_trainer("callback", args, moving_config())
+    with caplog.at_level(logging.WARNING, logger="hf_alrs.callback"):
+        trainer.train()
+    assert sum("no loss" in record.message for record in caplog.records) == 1
+    history = history_of(tmp_path)
+    assert {entry["loss"] for entry in history} == {None}
+    assert len({entry["log_multiplier"] for entry in history if "features" in entry}) > 2  # it drives all the same
+
+
+@routes
+def test_no_warning_where_losses_are_seen(
+    route: str, tmp_path: Path, moving_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="hf_alrs.callback"):
+        make_trainer(route, arguments(tmp_path), moving_config()).train()
+    assert [record.message for record in caplog.records if record.name == "hf_alrs.callback"] == []
+
+
+def test_the_gradient_norm_is_that_before_clipping(tmp_path: Path, moving_config: Config) -> None:
+    norms: list[float] = []
+
+    class Spy(ALRSTrainer):
+        def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+            total = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+            norms.append(float(total))
+            return super()._get_grad_norm(model, grad_norm)
+
+    class Before(TrainerCallback):
+        def __init__(self) -> None:
+            self.clipped: list[float] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+            total = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+            self.clipped.append(float(total))
+
+    spy = Before()
+    trainer = Spy(
+        model=tiny_classifier(),
+        args=arguments(tmp_path, max_grad_norm=0.05),
+        train_dataset=tiny_dataset(),
+        alrs_config=moving_config(),
+        callbacks=[spy],
+    )
+    trainer.train()
+    got = [entry["grad_norm"] for entry in history_of(tmp_path)]
+    assert spy.clipped == pytest.approx([0.05] * NUM_STEPS, rel=1e-3)
+    assert min(got) > 0.06, f"expected norms before clipping, got {got}"
+    assert got == pytest.approx(logged(trainer, "grad_norm"), rel=1e-3)
+
+
+# Evaluation
+
+
+def features_of(output_dir: Path) -> list[dict[str, float]]:
+    return [entry["features"] for entry in history_of(output_dir) if "features" in entry]
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@routes
+def test_the_controllers_split_is_seen(route: str, tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=5)
+    trainer = make_trainer(
+        route,
+        args,
+        moving_config(),
+        eval_dataset={"controller": tiny_dataset(16, seed=9), "held_out": tiny_dataset(16, seed=10)},
+        compute_metrics=accuracy,
+    )
+    trainer.train()
+    features = features_of(tmp_path)
+    # Evaluations after steps 5, 10, ...; decisions after steps 4, 7, ...
+    assert [f["evaluated"] for f in features] == [0.0] + [1.0] * 6
+    losses = [entry["eval_controller_loss"] for entry in trainer.state.log_history if "eval_controller_loss" in entry]
+    scheduler = trainer.callback_handler.lr_scheduler
+    if not isinstance(scheduler, ALRSScheduler):
+        scheduler = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ALRSCallback)).scheduler
+    assert float(scheduler.controller.state.eval_loss) == pytest.approx(losses[-1])
+    assert float(scheduler.controller.state.eval_best_accuracy) > 0
+
+
+@routes
+def test_the_reported_split_never_drives(route: str, tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=5)
+    trainer = make_trainer(route, args, moving_config(), eval_dataset=tiny_dataset(16, seed=9))
+    trainer.train()
+    assert [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert {f["evaluated"] for f in features_of(tmp_path)} == {0.0}
+
+
+def test_the_prefix_of_the_controllers_split_can_be_set(tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=5)
+    config = moving_config(controller_metric_prefix="eval_dev")
+    trainer = make_trainer("callback", args, config, eval_dataset={"dev": tiny_dataset(16), "test": tiny_dataset(16)})
+    trainer.train()
+    assert features_of(tmp_path)[-1]["evaluated"] == 1.0
+
+
+@routes
+def test_evaluating_outside_training_is_harmless(route: str, tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer(
+        route, arguments(tmp_path), moving_config(), eval_dataset={"controller": tiny_dataset(16, seed=9)}
+    )
+    assert "eval_controller_loss" in trainer.evaluate()
+    trainer.train()
+    assert "eval_controller_loss" in trainer.evaluate()
+    assert len(history_of(tmp_path)) == NUM_STEPS
+
+
+@routes
+def test_evaluation_and_saving_together(route: str, tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(
+        tmp_path,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=6,
+        save_steps=6,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_held_out_loss",
+        save_total_limit=2,
+    )
+    trainer = make_trainer(
+        route,
+        args,
+        moving_config(),
+        eval_dataset={"controller": tiny_dataset(16, seed=9), "held_out": tiny_dataset(16, seed=10)},
+    )
+    trainer.train()
+    assert [entry["step"] for entry in history_of(tmp_path)] == list(range(1, NUM_STEPS + 1))
+    assert list(tmp_path.glob("checkpoint-*/scheduler.pt"))
+    state = torch.load(next(tmp_path.glob("checkpoint-*/scheduler.pt")), weights_only=True)
+    assert ("alrs_state" in state) == (route == "callback")
+
+
+# What changes nothing
+
+
+@routes
+def test_a_network_that_changes_nothing_trains_as_the_linear_schedule(
+    route: str, tmp_path: Path, network_folder: Callable[..., str]
+) -> None:
+    config = ALRSConfig(
+        network=network_folder(network_saying(0.0)), meta_num_epochs=0, feedback_interval=0, max_restarts=0
+    )
+    plain = Trainer(tiny_classifier(), arguments(tmp_path / "plain"), train_dataset=tiny_dataset())
+    plain.train()
+    ours = make_trainer(route, arguments(tmp_path / "ours"), config)
+    ours.train()
+    assert logged(ours) == pytest.approx(logged(plain))
+    for x, y in zip(weights_of(plain.model), weights_of(ours.model), strict=True):
+        assert torch.allclose(x, y, atol=1e-6)

@@ -1,0 +1,107 @@
+"""Two processes (gloo on the CPU) are one process with twice the batch, and agree with each other at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import scratch_network
+
+
+SCRIPT = Path(__file__).parent / "scripts" / "distributed.py"
+ROUTES = ["bare", "callback", "trainer", "accumulation", "resumed"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(num_processes: int, network: str, out: Path) -> list[dict[str, Any]]:
+    """What each rank wrote."""
+    out.mkdir()
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+    # The launcher starts several processes on one machine under this name; ACCELERATE_USE_CPU keeps them off a GPU.
+    command += ["--multi_gpu", "--num_machines", "1"] if num_processes > 1 else ["--cpu"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    environment = os.environ | {
+        "PYTHONPATH": str(SCRIPT.parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [*command, str(SCRIPT), network, str(out)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((out / f"rank{i}.json").read_text()) for i in range(num_processes)]
+    assert [rank["num_processes"] for rank in ranks] == [num_processes] * num_processes
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("distributed")
+    scratch_network(scale=2.0).save_pretrained(str(folder / "network"))
+    return {n: launch(n, str(folder / "network"), folder / f"{n}") for n in (1, 2)}
+
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "resumed after an epoch"])
+def test_ranks_agree_to_the_last_bit(runs: dict[int, list[dict[str, Any]]], route: str) -> None:
+    first, second = (rank[route] for rank in runs[2])
+    assert first["rates"] == second["rates"]
+    assert first["weights"] == second["weights"]
+    assert first["network"] == second["network"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_two_processes_are_one_with_twice_the_batch(runs: dict[int, list[dict[str, Any]]], route: str) -> None:
+    one, two = runs[1][0][route], runs[2][0][route]
+    num_steps = 52 if route == "resumed" else 60
+    assert len(one["rates"]) == len(two["rates"]) == num_steps, "one rate for each optimizer step"
+    assert len(set(one["rates"])) > 20
+    for key in ("rates", "losses", "weights", "network"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize(
+    "route",
+    [
+        "resumed",
+        pytest.param(
+            "resumed after an epoch",
+            marks=pytest.mark.xfail(
+                strict=True, reason="losses not yet read are saved by one rank alone, and read again after resuming"
+            ),
+        ),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    runs: dict[int, list[dict[str, Any]]], route: str, num_processes: int
+) -> None:
+    for rank in runs[num_processes]:
+        whole, resumed = rank["callback"], rank[route]
+        assert resumed["rates"] == whole["rates"][8:]
+        assert resumed["losses"] == whole["losses"]
+        assert resumed["weights"] == whole["weights"]
+
+
+def test_routes_agree(runs: dict[int, list[dict[str, Any]]]) -> None:
+    for ranks in runs.values():
+        bare = ranks[0]["bare"]["rates"]
+        for route in ("callback", "trainer"):
+            # Trainer clips gradients and knows the length of an epoch, which are features.
+            assert ranks[0][route]["rates"][:7] == pytest.approx(bare[:7])
+        assert ranks[0]["trainer"]["rates"] == pytest.approx(ranks[0]["callback"]["rates"], rel=1e-6)

@@ -1,0 +1,152 @@
+"""
+Meta-training and the product are one implementation: the same small task, once as a member of a population and once as
+a torch model with a torch optimizer and [`ALRSScheduler`], gives the same features and the same rates.
+
+A network is only as good as the match between what it was trained on and what it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import scratch_network
+from torch import nn
+
+from hf_alrs import ALRSConfig, ALRSScheduler, MetaLRNetwork
+from hf_alrs.features import FEATURE_NAMES
+from hf_alrs.meta_training.population import Population, TaskSpec
+from hf_alrs.meta_training.rollout import rollout
+
+
+T = 160
+
+
+class MLP(nn.Module):
+    """The population's MLP with the usual parameter tensors: matrices with two dimensions, biases with one."""
+
+    def __init__(self, population: Population):
+        super().__init__()
+        self.activation = {"relu": torch.relu, "tanh": torch.tanh}[population.spec.activation]
+        flat = population.split(population.initial_weights)
+        for name, shape, weights in zip(population.parameter_names, population.shapes, flat, strict=True):
+            shape = shape if name.endswith("weight") else shape[1:]
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(weights[0].clone().view(shape)))
+        self.depth = population.spec.depth
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in range(self.depth):
+            x = self.activation(x @ getattr(self, f"layer{layer}_weight") + getattr(self, f"layer{layer}_bias"))
+        return x @ self.head_weight + self.head_bias
+
+
+def make_optimizer(model: MLP, spec: TaskSpec, rate: float) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    if spec.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=rate)
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=rate)
+    return torch.optim.SGD(groups, lr=rate, momentum=0.9 if spec.optimizer == "sgdm" else 0.0)
+
+
+def product_run(
+    population: Population, rate: float, config: ALRSConfig, num_evaluations: int
+) -> tuple[list[dict[str, Any]], MLP]:
+    """The history of the task as a torch training loop."""
+    spec = population.spec
+    model = MLP(population)
+    optimizer = make_optimizer(model, spec, rate)
+    scheduler = ALRSScheduler(optimizer, T, config=config, steps_per_epoch=population.steps_per_epoch, model=model)
+    every = T // num_evaluations if num_evaluations else T + 1
+    for step in range(T):
+        inputs, labels = (x[0] for x in population._batch(step))
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+        scheduler.observe(loss=loss)
+        loss.backward()
+        if spec.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if (step + 1) % every == 0:
+            with torch.no_grad():
+                logits = model(population._inputs["controller"][0])
+            labels = population._labels["controller"][0]
+            loss = nn.functional.cross_entropy(logits, labels)
+            scheduler.observe_evaluation(loss, float((logits.argmax(-1) == labels).float().mean()))
+    scheduler.flush()
+    return scheduler.history, model
+
+
+def network_with_a_say() -> MetaLRNetwork:
+    """
+    Pulls the size of updates towards a usual one, so that far too high a rate is brought down and a low one raised,
+    and depends on all other features a little.
+    """
+    network = scratch_network(seed=3, hidden_sizes=(16,), scale=1.5)
+    index = FEATURE_NAMES.index("update_ratio_matrices")
+    with torch.no_grad():
+        for unit, sign in ((0, 1.0), (1, -1.0)):  # relu(x) - relu(-x) = x
+            network.layers[0].weight[unit] = 0.0
+            network.layers[0].weight[unit, index] = sign
+            network.layers[0].bias[unit] = 0.0
+            network.layers[-1].weight[0, unit] = -3.0 * sign
+    return network
+
+
+MLP_SPEC = {"seed": 3, "kind": "mlp", "data": "teacher", "hidden": 12, "depth": 2, "num_classes": 3}
+MLP_SPEC |= {"num_training_steps": T, "batch_size": 16, "num_examples": 300, "activation": "tanh"}
+CASES = {
+    # optimizer and its options, initial rate, evaluations
+    "adam": ({"optimizer": "adam"}, 1e-3, 8),
+    "adamw with decay": ({"optimizer": "adamw", "weight_decay": 0.05}, 1e-3, 0),
+    "momentum with clipping": ({"optimizer": "sgdm", "weight_decay": 1e-3, "clip_norm": 0.5}, 3e-3, 8),
+    "sgd": ({"optimizer": "sgd"}, 1e-2, 0),
+    "adam, far too high": ({"optimizer": "adam"}, 0.5, 8),
+    "momentum, far too high": ({"optimizer": "sgdm", "activation": "relu"}, 0.6, 0),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_population_and_product_agree(case: str, network_folder: Callable[..., str]) -> None:
+    options, rate, num_evaluations = CASES[case]
+    population = Population(TaskSpec(**(MLP_SPEC | options)), 1, 1)
+    network = network_with_a_say()
+    config = ALRSConfig(network=network_folder(network), num_probes=0, meta_num_epochs=0, feedback_interval=0)
+    expected = rollout(population, torch.tensor([math.log(rate)]), network, config, num_evaluations=num_evaluations)
+    weights = torch.cat([x[0] for x in population.split(population.weights)])
+    history, model = product_run(population, rate, config, num_evaluations)
+
+    decisions = [entry for entry in history if "features" in entry]
+    assert len(decisions) == len(expected.features)
+    restarts = [entry["step"] for entry in decisions if entry["action"] == "restart"]
+    assert len(restarts) == expected.restarts[0]
+    assert restarts or not case.endswith("high")
+
+    in_force = 0.0
+    for i, entry in enumerate(decisions):
+        for j, name in enumerate(FEATURE_NAMES):
+            got, want = entry["features"][name], float(expected.features[i, 0, j])
+            assert got == pytest.approx(want, rel=1e-3, abs=1e-3), f"{name} at step {entry['step']}"
+        assert math.log(rate) + in_force == pytest.approx(expected.log_rates[i, 0], abs=1e-3)
+        in_force = entry["log_multiplier"]
+    changes = np.abs(np.diff(expected.log_rates[:, 0]))
+    assert (changes > 1e-3).sum() > 20, "the rate must move, or agreement means little"
+
+    # The rate of each step: the log rate that the last decision before it left, with the decay
+    interval = T // len(decisions) if T % len(decisions) == 0 else decisions[1]["step"] - decisions[0]["step"]
+    for step in range(T):
+        if (step - 1) // interval < len(expected.log_rates):
+            peak = expected.log_rates[max(0, math.ceil(step / interval) - 1), 0]
+            want = math.exp(peak) * (1 - step / T)
+            assert history[step]["learning_rate"] == pytest.approx(want, rel=2e-3), f"rate of step {step}"
+
+    got = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(got, weights, rtol=2e-3, atol=2e-3)

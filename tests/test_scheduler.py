@@ -1,0 +1,725 @@
+"""The scheduler in bare loops: one advance for each optimizer step, ratios of groups, restarts, any optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import TinyClassifier, network_saying, scratch_network, tiny_classifier, tiny_dataset
+from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
+from torch.utils.data import DataLoader
+from transformers import SchedulerType
+
+from hf_alrs import ALRSConfig, ALRSScheduler, InputError, get_scheduler
+
+
+T, K = 40, 4
+LN10 = math.log(10.0)
+Config = Callable[..., ALRSConfig]
+
+
+class Line(nn.Module):
+    """y = a x + b: two parameters, so that every number can be followed."""
+
+    def __init__(self, a: float = 0.0, b: float = 0.0):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a * x + self.b
+
+
+def loss_of(model: Line, x: torch.Tensor) -> torch.Tensor:
+    return (model(x) - (2 * x + 1)).square().mean()
+
+
+X = torch.linspace(-1, 1, 8)
+
+
+@pytest.fixture
+def quiet(network_folder: Callable[..., str]) -> Config:
+    """A configuration whose network always says the same, and is never trained."""
+
+    def make(says: float = 0.0, **changed: Any) -> ALRSConfig:
+        defaults: dict[str, Any] = {
+            "network": network_folder(network_saying(says)),
+            "phase1_steps": 2 * K,
+            "decision_interval": K,
+            "meta_num_epochs": 0,
+            "feedback_interval": 0,
+            "max_restarts": 0,
+        }
+        return ALRSConfig(**(defaults | changed))
+
+    return make
+
+
+def train(
+    model: Line, optimizer: torch.optim.Optimizer, scheduler: ALRSScheduler, num_steps: int, micro_batches: int = 1
+) -> list[float]:
+    """Trains on the same 8 points at each step, and returns the rate that each step used."""
+    rates = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        for part in X.chunk(micro_batches):
+            loss = loss_of(model, part)
+            scheduler.observe(loss=loss)
+            (loss / micro_batches).backward()
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+# get_scheduler
+
+
+def rates_of(scheduler: Any, optimizer: torch.optim.Optimizer, num_steps: int = 20) -> list[float]:
+    rates = []
+    for _ in range(num_steps):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def sgd(lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=lr)
+
+
+KWARGS = {
+    "cosine_with_min_lr": {"min_lr": 1e-3},
+    "cosine_warmup_with_min_lr": {"min_lr": 1e-3},
+    "warmup_stable_decay": {"num_decay_steps": 5},
+    "polynomial": {"power": 2.0},
+}
+
+
+@pytest.mark.parametrize("as_enum", [False, True])
+@pytest.mark.parametrize("name", [m.value for m in SchedulerType if m.value not in ("reduce_lr_on_plateau", "greedy")])
+def test_names_of_transformers_are_their_schedulers(name: str, as_enum: bool) -> None:
+    ours, theirs = sgd(), sgd()
+    arguments: dict[str, Any] = {"num_warmup_steps": 3, "num_training_steps": 20}
+    arguments["scheduler_specific_kwargs"] = KWARGS.get(name)
+    got = rates_of(get_scheduler(SchedulerType(name) if as_enum else name, ours, **arguments), ours)
+    expected = rates_of(transformers.get_scheduler(name, theirs, **arguments), theirs)
+    assert got == expected
+    assert len(set(got)) > 1 or name == "constant"
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_names_stepped_with_a_metric_are_built(name: str) -> None:
+    ours, theirs = get_scheduler(name, sgd()), transformers.get_scheduler(name, sgd())
+    assert type(ours) is type(theirs)
+
+
+def test_own_names_are_torch_schedulers() -> None:
+    built = {name: get_scheduler(name, sgd(), num_training_steps=20) for name in ("step", "exponential", "one_cycle")}
+    assert {name: type(s) for name, s in built.items()} == {
+        "step": StepLR,
+        "exponential": ExponentialLR,
+        "one_cycle": OneCycleLR,
+    }
+
+
+def test_step_and_exponential_decay_over_the_run() -> None:
+    optimizer = sgd()
+    got = rates_of(get_scheduler("step", optimizer, num_training_steps=21), optimizer, 21)
+    assert got == pytest.approx([0.1] * 7 + [0.01] * 7 + [0.001] * 7)
+    optimizer = sgd()
+    got = rates_of(get_scheduler("exponential", optimizer, num_training_steps=20), optimizer, 21)
+    assert got == pytest.approx([0.1 * 0.01 ** (i / 20) for i in range(21)])
+    optimizer = sgd()
+    scheduler = get_scheduler(
+        "step", optimizer, num_training_steps=9, scheduler_specific_kwargs={"step_size": 2, "gamma": 0.5}
+    )
+    assert rates_of(scheduler, optimizer, 5) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
+
+
+def test_one_cycle_rises_to_the_rate_of_the_optimizer() -> None:
+    optimizer = sgd()
+    got = rates_of(get_scheduler("one_cycle", optimizer, num_training_steps=20), optimizer, 20)
+    assert max(got) == pytest.approx(0.1)
+    assert got[0] < 0.1 > got[-1]
+
+
+def test_alrs_by_name(quiet: Config) -> None:
+    optimizer = sgd()
+    kwargs = {"config": quiet(decision_interval="epoch"), "steps_per_epoch": 5}
+    scheduler = get_scheduler("alrs", optimizer, 2, 20, kwargs)
+    assert isinstance(scheduler, ALRSScheduler)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    controller = scheduler.controller
+    assert (controller.num_warmup_steps, controller.num_training_steps, controller.decision_interval) == (2, 20, 5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("name", ["alrs", "step", "exponential", "one_cycle"])
+def test_the_length_of_the_run_is_asked_for(name: str) -> None:
+    with pytest.raises(InputError, match="num_training_steps"):
+        get_scheduler(name, sgd())
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"linaer.*alrs.*linear"):
+        get_scheduler("linaer", sgd(), 0, 10)
+
+
+def test_an_optimizer_with_nothing_to_train_is_refused(quiet: Config) -> None:
+    parameter = nn.Parameter(torch.zeros(2), requires_grad=False)
+    with pytest.raises(InputError, match="no trainable parameter"):
+        ALRSScheduler(torch.optim.SGD([parameter], lr=0.1), 10, config=quiet())
+
+
+# One optimizer step, one advance
+
+
+def test_rates_and_history_of_a_quiet_run(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(says=0.8))
+    losses = []
+    rates = []
+    for step in range(T):
+        optimizer.zero_grad()
+        loss = loss_of(model, X)
+        loss.backward()
+        losses.append(loss.item())
+        scheduler.observe(loss=loss, grad_norm=torch.tensor(float(step)))
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    scheduler.flush()
+    # Decisions after steps 4, 8, ...: a jump by 0.8 at the second, then 0.2 at each
+    multipliers = [0.0] * 9 + [0.8 + 0.2 * (step // K - 2) for step in range(8, T - 1)]
+    assert rates == pytest.approx([0.1 * math.exp(m) * (1 - i / T) for i, m in enumerate(multipliers)])
+    history = scheduler.history
+    assert [entry["step"] for entry in history] == list(range(1, T + 1))
+    assert [entry["loss"] for entry in history] == pytest.approx(losses)
+    assert [entry["grad_norm"] for entry in history] == [float(step) for step in range(T)]
+    assert [entry["learning_rate"] for entry in history] == rates
+    phases = [entry["phase"] for entry in history]
+    assert [phases[i] for i in (0, 7, 8, 12, T - 1)] == ["gather", "gather", "fit", "drive", "drive"]
+    assert [entry["step"] for entry in history if "features" in entry] == list(range(K + 1, T + 1, K))
+    assert scheduler.drain_history() == history
+    assert scheduler.history == []
+
+
+def test_step_without_an_optimizer_step_does_nothing(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    for _ in range(3):
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert scheduler.last_epoch == 0
+    train(model, optimizer, scheduler, 1)
+    for _ in range(3):
+        scheduler.step()
+    assert scheduler.last_epoch == 1
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - 1 / T))
+    assert scheduler.get_last_lr() == [optimizer.param_groups[0]["lr"]]
+
+
+def test_zero_grad_before_step_is_fine(moving_config: Config) -> None:
+    histories = []
+    for zero_first in (False, True):
+        model = Line()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        scheduler = ALRSScheduler(optimizer, T, config=moving_config())
+        for _ in range(T):
+            loss = loss_of(model, X)
+            loss.backward()
+            scheduler.observe(loss=loss)
+            optimizer.step()
+            if zero_first:
+                optimizer.zero_grad()
+                scheduler.step()
+            else:
+                scheduler.step()
+                optimizer.zero_grad()
+        histories.append(scheduler.history)
+    assert histories[0] == histories[1]
+
+
+def test_micro_batches_are_one_batch(moving_config: Config) -> None:
+    runs = []
+    for micro_batches in (1, 8):
+        model = Line()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        scheduler = ALRSScheduler(optimizer, T, config=moving_config())
+        rates = train(model, optimizer, scheduler, T, micro_batches)
+        scheduler.flush()
+        runs.append((rates, [entry["loss"] for entry in scheduler.history]))
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
+    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-4, abs=1e-9)
+    assert len(set(runs[0][0])) == T
+
+
+def test_skipped_steps_do_not_count(quiet: Config) -> None:
+    """Mixed precision leaves the optimizer's step out when a gradient overflows; its metrics are discarded."""
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    for step in range(6):
+        loss = loss_of(model, X)
+        loss.backward()
+        scheduler.observe(loss=loss * (math.inf if step == 3 else 1.0))
+        if step != 3:
+            optimizer.step()
+        scheduler.step()
+        scheduler.discard()
+        optimizer.zero_grad()
+    scheduler.flush()
+    assert [entry["step"] for entry in scheduler.history] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(entry["loss"]) for entry in scheduler.history)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - 5 / T))
+
+
+def test_it_works_without_any_loss(moving_config: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=moving_config())
+    for _ in range(T):
+        optimizer.zero_grad()
+        loss_of(model, X).backward()
+        optimizer.step()
+        scheduler.step()
+    scheduler.flush()
+    assert {entry["loss"] for entry in scheduler.history} == {None}
+    assert all(math.isfinite(entry["learning_rate"]) for entry in scheduler.history)
+
+
+def test_losses_may_be_plain_numbers(moving_config: Config) -> None:
+    histories = []
+    for read in (lambda loss: loss, lambda loss: loss.item()):
+        model = Line()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        scheduler = ALRSScheduler(optimizer, T, config=moving_config())
+        for _ in range(T):
+            optimizer.zero_grad()
+            loss = loss_of(model, X)
+            loss.backward()
+            scheduler.observe(loss=read(loss))
+            optimizer.step()
+            scheduler.step()
+        histories.append(scheduler.history)
+    assert histories[0] == histories[1]
+
+
+def test_evaluations_become_features(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    train(model, optimizer, scheduler, 2 * K)
+    scheduler.observe_evaluation(loss=torch.tensor(0.7), accuracy=0.5)
+    train(model, optimizer, scheduler, K)
+    features = [entry["features"] for entry in scheduler.history if "features" in entry]
+    assert [f["evaluated"] for f in features] == [0.0, 1.0]
+
+
+def test_close_takes_the_hook_away(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    train(model, optimizer, scheduler, 3)
+    rate = optimizer.param_groups[0]["lr"]
+    scheduler.close()
+    train(model, optimizer, scheduler, 3)
+    assert optimizer.param_groups[0]["lr"] == rate
+
+
+@pytest.mark.xfail(strict=True, reason="the network is trained under the caller's grad mode")
+def test_no_gradient_is_needed_around_the_step(moving_config: Config) -> None:
+    """A loop may well step its scheduler under `torch.no_grad`, and the network trains all the same."""
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    scheduler = ALRSScheduler(optimizer, T, config=moving_config())
+    for _ in range(T):
+        optimizer.zero_grad()
+        loss = loss_of(model, X)
+        scheduler.observe(loss=loss)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            scheduler.step()
+    assert scheduler.last_meta_loss is not None
+
+
+# Groups
+
+
+def test_groups_keep_their_ratios(quiet: Config) -> None:
+    first, second, frozen = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer = torch.optim.SGD(
+        [{"params": [first], "lr": 0.01}, {"params": [second], "lr": 0.1}, {"params": [frozen], "lr": 0.0}]
+    )
+    scheduler = ALRSScheduler(optimizer, T, num_warmup_steps=3, config=quiet(says=2.0, max_lr=0.3))
+    assert scheduler.controller.initial_learning_rate == 0.1
+    seen = []
+    for _ in range(T):
+        optimizer.zero_grad()
+        loss = (first.square() + second.square() + frozen.square()).sum()
+        loss.backward()
+        scheduler.observe(loss=loss)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    for low, high, zero in seen:
+        assert low == pytest.approx(0.1 * high)
+        assert zero == 0.0
+    assert max(high for _, high, _ in seen) == pytest.approx(0.3, rel=0.3)
+    assert max(high for _, high, _ in seen) <= 0.3  # the bounds speak of the group with the highest rate
+    assert torch.equal(frozen, torch.ones(3))
+    # Frozen weights are not looked at: 6 weights remain.
+    assert len(scheduler._parameters) == 2
+
+
+def test_the_history_holds_the_rate_of_the_leading_group(quiet: Config) -> None:
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([{"params": [first], "lr": 0.01}, {"params": [second], "lr": 0.1}])
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    (first.square() + second.square()).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    scheduler.flush()
+    assert scheduler.history[0]["learning_rate"] == 0.1
+
+
+# Restarts and probes
+
+
+def restarted(quiet: Config) -> tuple[dict[str, torch.Tensor], TinyClassifier, torch.optim.Optimizer, ALRSScheduler]:
+    """A model with batch-norm on the step of a restart, and its state before training."""
+    model = tiny_classifier(batch_norm=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    config = quiet(says=-3.0, max_restarts=1, restart_window=1.0)
+    scheduler = ALRSScheduler(optimizer, T, config=config, model=model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train_classifier(model, optimizer, scheduler, 2 * K + 1)
+    return before, model, optimizer, scheduler
+
+
+def train_classifier(
+    model: TinyClassifier, optimizer: torch.optim.Optimizer, scheduler: ALRSScheduler, num_steps: int
+) -> None:
+    loader = DataLoader(tiny_dataset(), batch_size=16)
+    for batch in [batch for _ in range(5) for batch in loader][:num_steps]:
+        optimizer.zero_grad()
+        loss = model(**batch)["loss"]
+        scheduler.observe(loss=loss)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_restart_brings_back_the_weights_with_a_fresh_optimizer(quiet: Config) -> None:
+    before, model, optimizer, scheduler = restarted(quiet)
+    assert scheduler.last_decision.action == "restart"
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]), name
+    # nearly where it was: the first batch has gone through
+    assert (model.norm.running_mean - before["norm.running_mean"]).abs().max() < 0.1
+    assert int(model.norm.num_batches_tracked) <= 1
+    assert not optimizer.state
+    assert scheduler.history[-1]["action"] == "restart"
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * math.exp(-3) * (1 - 9 / T), rel=1e-4)
+    train_classifier(model, optimizer, scheduler, 2 * K)
+    assert scheduler._steps == 4 * K + 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="buffers are copied at the first optimizer step, after the first batch went through"
+)
+def test_a_restart_brings_back_the_buffers(quiet: Config) -> None:
+    before, model, _, _ = restarted(quiet)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_diverged_run_recovers(quiet: Config) -> None:
+    model = Line(a=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=200.0)
+    config = quiet(max_lr=1000.0, max_restarts=10, restart_window=1.0)
+    scheduler = ALRSScheduler(optimizer, 100, config=config)
+    train(model, optimizer, scheduler, 100)
+    assert math.isfinite(loss_of(model, X).item())
+    assert loss_of(model, X).item() < 1.0
+    actions = [entry.get("action") for entry in scheduler.history]
+    assert actions.count("restart") >= 2
+
+
+def test_the_copy_of_the_weights_is_given_up_after_the_window(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(max_restarts=1, restart_window=0.25))
+    train(model, optimizer, scheduler, 9)
+    assert scheduler._initial is not None
+    train(model, optimizer, scheduler, 2)
+    assert scheduler._initial is None
+    scheduler = ALRSScheduler(torch.optim.SGD(model.parameters(), lr=0.01), T, config=quiet(max_restarts=0))
+    assert scheduler._initial is None
+
+
+def test_probes_return_to_their_snapshot() -> None:
+    model = tiny_classifier(batch_norm=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    config = ALRSConfig(
+        network="scratch", hidden_sizes=(8,), num_probes=3, probe_steps=8, phase1_steps=8, decision_interval=K
+    )
+    scheduler = ALRSScheduler(optimizer, 80, config=config, model=model)
+    loader = DataLoader(tiny_dataset(), batch_size=16)
+    batches = [batch for _ in range(20) for batch in loader]
+
+    def snapshot() -> list[torch.Tensor]:
+        state = [v for s in optimizer.state.values() for v in s.values()]
+        return [t.detach().clone() for t in (*model.state_dict().values(), *state)]
+
+    kept: list[torch.Tensor] | None = None
+    actions = []
+    for step in range(80):
+        optimizer.zero_grad()
+        loss = model(**batches[step])["loss"]
+        scheduler.observe(loss=loss)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        action = scheduler.last_decision.action if scheduler.last_decision else None
+        if scheduler.controller.is_decision(step) and action:
+            actions.append((step, action))
+            if action == "snapshot":
+                kept = snapshot()
+            elif action == "restore":
+                for x, y in zip(snapshot(), kept, strict=True):
+                    assert torch.equal(x, y), f"after the probe that ended at step {step}"
+    assert actions == [(8, "snapshot"), (16, "restore"), (24, "restore"), (32, "restore")]
+    assert scheduler._snapshot is None  # the copy is given up
+    assert all(math.isfinite(p.sum().item()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [
+        pytest.param(
+            1,
+            marks=pytest.mark.xfail(
+                strict=True, reason="at an interval of 1 the update is compared with the rate that came after it"
+            ),
+        ),
+        2,
+        3,
+        7,
+    ],
+)
+@pytest.mark.parametrize("num_probes", [0, 3])
+def test_updates_are_compared_with_the_rate_that_made_them(
+    interval: int, num_probes: int, moving_config: Config
+) -> None:
+    """Without momentum |u| = lr |g|, so that ln(|u| / (lr |g|)) is 0 throughout: warmup, probes, restarts, drive."""
+    model = tiny_classifier(seed=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    config = moving_config(
+        decision_interval=interval,
+        phase1_steps=2 * interval,
+        num_probes=num_probes,
+        probe_steps=2 * interval,
+        max_restarts=2,
+        restart_window=0.9,
+    )
+    scheduler = ALRSScheduler(optimizer, 100, num_warmup_steps=6, config=config)
+    loader = DataLoader(tiny_dataset(), batch_size=16)
+    for batch in [batch for _ in range(25) for batch in loader]:
+        optimizer.zero_grad()
+        loss = model(**batch)["loss"]
+        scheduler.observe(loss=loss)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    features = {entry["step"]: entry["features"] for entry in scheduler.history if "features" in entry}
+    assert len(features) > 10
+    for step, row in features.items():
+        assert row["update_gain"] == pytest.approx(0.0, abs=2e-3), f"step {step}"
+
+
+# Any optimizer
+
+
+class Lion(torch.optim.Optimizer):
+    """Sign of an average of gradients: an optimizer that torch does not have, with state of its own."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99)):
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                average = state.setdefault("average", torch.zeros_like(p))
+                p.add_(torch.lerp(p.grad, average, group["betas"][0]).sign(), alpha=-group["lr"])
+                average.lerp_(p.grad, 1 - group["betas"][1])
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adamw_tensor_rate": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "lion": lambda p: Lion(p, lr=0.003),
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_any_optimizer(name: str, moving_config: Config) -> None:
+    """A run with probes and restarts: finite, learning, at the rates of the history, whatever the optimizer keeps."""
+    model = tiny_classifier(seed=2)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    config = moving_config(num_probes=3, probe_steps=6, max_restarts=2, restart_window=0.8)
+    scheduler = ALRSScheduler(optimizer, 60, config=config, model=model)
+    assert scheduler.controller.adaptive == (name not in ("sgd", "momentum"))
+    loader = DataLoader(tiny_dataset(), batch_size=16)
+    batches = [batch for _ in range(15) for batch in loader]
+    with torch.no_grad():
+        before = sum(model(**batch)["loss"].item() for batch in batches[:4])
+    rates = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = model(**batch)["loss"]
+        scheduler.observe(loss=loss)
+        loss.backward()
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        scheduler.step()
+    scheduler.flush()
+    assert [entry["learning_rate"] for entry in scheduler.history] == pytest.approx(rates, rel=1e-6)
+    features = [entry["features"] for entry in scheduler.history if "features" in entry]
+    assert len(features) == 19
+    assert all(math.isfinite(value) for row in features for value in row.values())
+    assert {entry["phase"] for entry in scheduler.history} == {"gather", "fit", "drive"}
+    with torch.no_grad():
+        after = sum(model(**batch)["loss"].item() for batch in batches[:4])
+    assert after < before, f"loss {before:.3f} -> {after:.3f}"
+    if name == "adamw_tensor_rate":
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+
+
+# accelerate
+
+
+@pytest.fixture
+def accelerator() -> Any:
+    def make(**kwargs: Any) -> Accelerator:
+        return Accelerator(cpu=True, **kwargs)
+
+    yield make
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.mark.parametrize("prepare_scheduler", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_accelerate_loop(
+    accelerator: Callable[..., Accelerator], moving_config: Config, prepare_scheduler: bool, accumulation: int
+) -> None:
+    accelerate = accelerator(gradient_accumulation_steps=accumulation)
+    model = tiny_classifier(seed=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loader = DataLoader(tiny_dataset(), batch_size=16 // accumulation)
+    used: list[float] = []
+    optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+    alrs = get_scheduler("alrs", optimizer, 0, 20, {"config": moving_config()})
+    scheduler: Any = alrs  # what `prepare` returns has no `observe`: the one from before it is fed
+    model, optimizer, loader = accelerate.prepare(model, optimizer, loader)
+    if prepare_scheduler:
+        scheduler = accelerate.prepare(alrs)
+    for _ in range(5):
+        for batch in loader:
+            with accelerate.accumulate(model):
+                loss = model(**batch)["loss"]
+                alrs.observe(loss=loss)
+                accelerate.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+    alrs.flush()
+    rates = [entry["learning_rate"] for entry in alrs.history]
+    assert len(rates) == 20
+    assert rates == used
+    assert {entry["phase"] for entry in alrs.history} == {"gather", "fit", "drive"}
+
+    # the same without accelerate
+    model = tiny_classifier(seed=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = get_scheduler("alrs", optimizer, 0, 20, {"config": moving_config()})
+    for _ in range(5):
+        for batch in DataLoader(tiny_dataset(), batch_size=16):
+            loss = model(**batch)["loss"]
+            scheduler.observe(loss=loss)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    scheduler.flush()
+    expected = [entry["learning_rate"] for entry in scheduler.history]
+    assert rates == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_scheduler_made_after_prepare_sees_through_the_wrapper(
+    accelerator: Callable[..., Accelerator], moving_config: Config
+) -> None:
+    accelerate = accelerator()
+    model = tiny_classifier(seed=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerate.prepare(model, optimizer)
+    scheduler = ALRSScheduler(optimizer, 20, config=moving_config())
+    assert not scheduler.controller.adaptive
+    for batch in DataLoader(tiny_dataset(), batch_size=16):
+        loss = model(**batch)["loss"]
+        scheduler.observe(loss=loss)
+        accelerate.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    scheduler.flush()
+    assert len(scheduler.history) == 4
+
+
+# Checkpoints that cannot be used
+
+
+def test_states_that_do_not_fit_are_refused(quiet: Config, network_folder: Callable[..., str]) -> None:
+    def make(model: nn.Module, **changed: Any) -> ALRSScheduler:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler = ALRSScheduler(optimizer, T, config=quiet(**changed))
+        sum(p.square().sum() for p in model.parameters()).backward()
+        optimizer.step()
+        scheduler.step()
+        return scheduler
+
+    state = make(tiny_classifier()).state_dict()
+    linear = get_scheduler("linear", sgd(), 0, 10).state_dict()
+    with pytest.raises(InputError, match="not written by ALRS"):
+        make(tiny_classifier()).load_state_dict(linear)
+    for key in ("alrs_state_version", "feature_version"):
+        with pytest.raises(InputError, match="version"):
+            make(tiny_classifier()).load_state_dict(state | {key: 99})
+    with pytest.raises(InputError, match="other parameters"):
+        make(Line()).load_state_dict(state)
+    with pytest.raises(InputError, match="another shape"):
+        other = network_folder(scratch_network(hidden_sizes=(16,)), "other")
+        make(tiny_classifier(), network=other).load_state_dict(state)
+    make(TinyClassifier()).load_state_dict(state)

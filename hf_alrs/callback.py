@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from .config import ALRSConfig, InputError
 from .scheduler import ALRSScheduler, get_scheduler
@@ -81,7 +81,7 @@ class ALRSCallback(TrainerCallback):
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
             self._loss_seen = False
         if self.write_history and state.is_world_process_zero:
-            _keep_history(Path(args.output_dir) / HISTORY_NAME, state.global_step)
+            _keep_history(Path(args.output_dir) / HISTORY_NAME, self.scheduler.first_unread_step)
 
     def _take_over(
         self,
@@ -144,9 +144,7 @@ class ALRSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.scheduler.discard()
-        if control.should_save:
-            # All processes read their losses here, because one alone writes the checkpoint.
-            self.scheduler.flush()
+        self._flush_before_save(control)
         if not self._loss_seen and not self._loss_missed and self.scheduler.last_decision is not None:
             self._loss_missed = True
             logger.warning(
@@ -154,6 +152,17 @@ class ALRSCallback(TrainerCallback):
                 "computes it outside the model). The network decides from gradients and weights alone; use ALRSTrainer, "
                 "which sees every loss."
             )
+        self._write_history(args, state)
+
+    def _flush_before_save(self, control: TrainerControl) -> None:
+        """All processes read their losses now, because one alone writes the checkpoint."""
+        if control.should_save:
+            self.scheduler.flush()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._flush_before_save(control)
         self._write_history(args, state)
 
     def on_evaluate(
@@ -167,6 +176,8 @@ class ALRSCallback(TrainerCallback):
         prefix = self.config.controller_metric_prefix
         if self.scheduler is not None and metrics and f"{prefix}_loss" in metrics:
             self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
+        if self.scheduler is not None and args.save_strategy == SaveStrategy.BEST:
+            self.scheduler.flush()  # whether this is the best evaluation, and is saved, is decided next
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,14 +281,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _keep_history(path: Path, global_step: int) -> None:
+def _keep_history(path: Path, first_unread_step: int) -> None:
     """Starts the history file, or cuts off what a resumed run will write again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept: list[str] = []
-    if global_step > 0 and path.exists():
+    if first_unread_step > 0 and path.exists():
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= global_step:
+                if json.loads(line)["step"] <= first_unread_step:
                     kept.append(line + "\n")
             except (ValueError, KeyError):  # the run was killed while it wrote this line
                 continue

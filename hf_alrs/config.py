@@ -122,7 +122,7 @@ class ALRSConfig:
         for name in ("phase1_steps", "probe_steps"):
             self._check_span(name, getattr(self, name))
         if self.decision_interval != "epoch":
-            self._check_span("decision_interval", self.decision_interval)
+            self._check_span("decision_interval", self.decision_interval, least=2)
         self._check(
             "num_probes",
             self.num_probes is None
@@ -175,15 +175,15 @@ class ALRSConfig:
         if not holds:
             raise InputError(name, getattr(self, name), rule, remedy)
 
-    def _check_span(self, name: str, value: Any) -> None:
+    def _check_span(self, name: str, value: Any, least: int = 1) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        holds = is_number and (value >= 1 if isinstance(value, int) else 0 < value <= 1)
+        holds = is_number and (value >= least if isinstance(value, int) else 0 < value <= 1)
         choices = " or 'epoch'" if name == "decision_interval" else ""
         self._check(
             name,
             holds,
-            f"must be a whole number of steps (1 or more), or a fraction of the run in (0, 1]{choices}.",
-            "For one step write 1, for the whole run 1.0.",
+            f"must be a whole number of steps ({least} or more), or a fraction of the run in (0, 1]{choices}.",
+            f"For {least} step{'s' if least > 1 else ''} write {least}, for the whole run 1.0.",
         )
 
     def to_dict(self) -> dict[str, Any]:

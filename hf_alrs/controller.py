@@ -34,6 +34,7 @@ from .features import (
     feature_vector,
     initial_state,
     loss_cap,
+    loss_over_initial,
     restart_state,
     update_decision,
     update_evaluation,
@@ -108,7 +109,7 @@ def control(
         correction: The network's output, ln(best peak rate / present peak rate).
         decision_count: Decisions since the last restart, this one included.
         jump_decision: The decision since the last restart at which the network is first followed, in one jump.
-        progress (`float`): Share of the run that is over.
+        progress (`float`): Share of the run that is over, probes left out.
         finite: Whether losses and weights are finite.
         log_multiplier, highest: ln(peak rate / initial rate), now and its maximum since the last restart.
         loss_ratio: Fast loss average over the initial loss.
@@ -130,10 +131,10 @@ def control(
 
 
 def decision_interval_of(config: ALRSConfig, num_training_steps: int, steps_per_epoch: int | None) -> int:
-    """Optimizer steps between decisions; a fraction of a short run is at least 2, so that windows do not touch."""
+    """Optimizer steps between decisions, at least 2: signals come from two successive steps at one rate."""
     interval = config.decision_interval
     if interval == "epoch":
-        return int(steps_per_epoch)
+        return max(2, int(steps_per_epoch))
     return interval if isinstance(interval, int) else max(2, steps_of(interval, num_training_steps))
 
 
@@ -186,9 +187,8 @@ class ALRSController:
         self.num_warmup_steps = num_warmup_steps
         self.num_epochs = num_training_steps / steps_per_epoch if steps_per_epoch else 3.0
         self.decision_interval = decision_interval_of(config, num_training_steps, steps_per_epoch)
-        self.network = (
-            network if network is not None else load_network(config.network, config.hidden_sizes, config.seed)
-        )
+        network = network if network is not None else load_network(config.network, config.hidden_sizes, config.seed)
+        self.network = network.to("cpu", torch.float32)
         self._trained = [p.detach().clone() for p in self.network.parameters()]
         phase1 = steps_of(config.phase1_steps, num_training_steps)
         self._first_jump = max(1, math.ceil(phase1 / self.decision_interval))
@@ -234,7 +234,12 @@ class ALRSController:
         return self.restarts < self.config.max_restarts
 
     def restart_window_over(self, step: int) -> bool:
-        return step >= self.config.restart_window * self.num_training_steps
+        return self._progress_of_restarts(step) >= self.config.restart_window
+
+    def _progress_of_restarts(self, step: int) -> float:
+        """Share of the run that is over, the probes left out: they go back to their snapshot, and can do no damage."""
+        probing = self._num_probes * self._probe_decisions * self.decision_interval
+        return max(0, step - probing) / self.num_training_steps
 
     def learning_rate(self, step: int) -> float:
         """The rate for the `step`-th optimizer step (counted from 0), under what has been decided so far."""
@@ -330,11 +335,11 @@ class ALRSController:
             np.float64(correction),
             count,
             jump_decision,
-            step / self.num_training_steps,
+            self._progress_of_restarts(step),
             finite,
             self.log_multiplier,
             self.highest,
-            state.loss_fast / max(float(state.initial_loss), 1e-6),
+            loss_over_initial(state),
             self.restarts,
         )
         fitting = not self.jumped and count >= self._first_jump
@@ -440,6 +445,12 @@ class ALRSController:
         best = self.hindsight()
         if num_epochs == 0 or best is None:
             return None, None
+        # Whatever the training loop has switched on around the scheduler's step
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            return self._fit_to(best, num_epochs)
+
+    def _fit_to(self, best: float, num_epochs: int) -> tuple[float, float]:
+        """Trains the network to find ln(peak rate / initial rate) = `best` from every row."""
         rows = torch.tensor(self._rows, dtype=torch.float32)
         features, rates = rows[:, : len(FEATURE_NAMES)], rows[:, len(FEATURE_NAMES)]
         targets = (best - rates).clamp(-6.0, 6.0)
@@ -486,6 +497,8 @@ class ALRSController:
         "_probe_losses",
         "_probe_outcomes",
         "_probe_multipliers",
+        "_num_probes",
+        "_probe_decisions",
         "initial_learning_rate",
     )
 

@@ -151,8 +151,18 @@ def restart_state(state: RunState, mask: Array) -> RunState:
 
 
 def loss_cap(state: RunState) -> Array:
-    """The loss from which on a run counts as diverged: 1000 times the initial loss, infinite before it is known."""
-    return np.where(state.initial_count > 0, _LOSS_CAP * np.maximum(state.initial_loss, _LOSS_EPS), np.inf)
+    """
+    The loss from which on a run counts as diverged: 1000 times the initial loss, infinite before that is known.
+
+    An initial loss below 1 counts as 1: losses that start near zero or below it may rise without harm.
+    """
+    return np.where(state.initial_count > 0, _LOSS_CAP * np.maximum(np.abs(state.initial_loss), 1.0), np.inf)
+
+
+def loss_over_initial(state: RunState) -> Array:
+    """Fast loss average over the initial loss; 0, which stands for good progress, where the latter is not positive."""
+    known = state.initial_loss > _LOSS_EPS
+    return np.where(known, state.loss_fast / np.where(known, state.initial_loss, 1.0), 0.0)
 
 
 def capped_loss(loss: Array, state: RunState) -> Array:
@@ -177,17 +187,20 @@ def update_step(state: RunState, loss: Array, num_training_steps: int, decision_
         num_training_steps (`int`): Length of the run in optimizer steps.
         decision_interval (`int`): Steps between two decisions.
     """
+    finite = np.isfinite(loss)
     loss = capped_loss(loss, state)
     count = state.step_count + 1
     fast = 1 / max(4.0, 0.02 * num_training_steps)
     slow = 1 / max(12.0, 0.1 * num_training_steps)
     deviation = loss - state.loss_slow
-    opening = state.initial_count < max(3, decision_interval)
+    opening = (state.initial_count < max(3, decision_interval)) & finite
     initial_count = state.initial_count + opening
     return replace(
         state,
         initial_loss=np.where(
-            opening, state.initial_loss + (loss - state.initial_loss) / initial_count, state.initial_loss
+            opening,
+            state.initial_loss + (loss - state.initial_loss) / np.maximum(initial_count, 1),
+            state.initial_loss,
         ),
         initial_count=initial_count,
         step_count=count,
@@ -295,9 +308,9 @@ def update_decision(
 
 
 def clean_signals(signals: Mapping[str, Array]) -> dict[str, Array]:
-    """`signals` as finite float64: NaN counts as 0, infinities as +-1e18."""
+    """`signals` as float64 within +-1e18, NaN as 0."""
     return {
-        name: np.nan_to_num(np.asarray(signals[name], dtype=np.float64), nan=0.0, posinf=1e18, neginf=-1e18)
+        name: np.clip(np.nan_to_num(np.asarray(signals[name], dtype=np.float64), nan=0.0), -1e18, 1e18)
         for name in SIGNALS
     }
 

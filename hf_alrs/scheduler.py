@@ -95,6 +95,8 @@ class ALRSScheduler(LRScheduler):
         self._inner = inner
         self._recorder = SignalRecorder(self._parameters, self.config.max_signal_size)
         self._initial: list[torch.Tensor] | None = None
+        # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
+        self._initial_buffers = [b.detach().clone() for b in model.buffers()] if model is not None else []
         self._snapshot: dict[str, Any] | None = None
         self._steps = 0  # optimizer steps accounted for
         self._optimizer_steps = 0  # optimizer steps seen by the hook
@@ -199,6 +201,11 @@ class ALRSScheduler(LRScheduler):
         self._pending = []
         return dict(zip(SIGNALS, values[len(losses) + len(norms) :], strict=False))
 
+    @property
+    def first_unread_step(self) -> int:
+        """Optimizer steps whose metrics have been read from the device and are in the history."""
+        return self._pending[0][0] if self._pending else self._steps
+
     def drain_history(self) -> list[dict[str, Any]]:
         """Hands the history over and forgets it."""
         history, self.history = self.history, []
@@ -222,7 +229,8 @@ class ALRSScheduler(LRScheduler):
         if step == 0 and self._recorder.initial is None:
             self._recorder.start()
             if self.controller.restarts_possible:
-                self._initial = [t.detach().clone() for t in self._restored_tensors()]
+                self._initial = [*(p.detach().clone() for p in self._parameters), *self._initial_buffers]
+            self._initial_buffers = []
         if self.controller.is_decision(step):
             self._signals = self._recorder.measure()
         if self.controller.is_before_decision(step):
@@ -288,6 +296,8 @@ class ALRSScheduler(LRScheduler):
         return [float(base) * factor for base in self.base_lrs]
 
     def _set_rates(self) -> None:
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:  # added after the start, as when layers thaw
+            self.base_lrs.append(float(group.setdefault("initial_lr", group["lr"])))
         rates = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -354,7 +364,8 @@ class ALRSScheduler(LRScheduler):
         device = self._recorder.device
         initial = state_dict["initial"]
         self._initial = None if initial is None else [t.to(device) for t in initial]
-        self._snapshot = state_dict["snapshot"]
+        self._snapshot = _moved(state_dict["snapshot"], device)
+        self._initial_buffers = []
         self._steps, self._optimizer_steps = state_dict["steps"], state_dict["optimizer_steps"]
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
         self._signals, self._loss, self._micro_batches, self._grad_norm = None, None, 0, None
@@ -362,6 +373,15 @@ class ALRSScheduler(LRScheduler):
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
         self.seconds = state_dict["seconds"]
         self._set_rates()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Nested lists and dictionaries with their tensors on `device`; scalars of optimizers stay on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device) if value.dim() > 0 else value
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 
 def _cloned_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:

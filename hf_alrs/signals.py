@@ -20,21 +20,29 @@ from .features import SIGNALS
 _MIN_SHARE = 1024
 
 
+def _stride(parameter: torch.Tensor, share: int) -> int:
+    """The step at which about `share` coordinates are visited, and with them every column of a matrix."""
+    stride = max(1, parameter.numel() // share)
+    while math.gcd(stride, parameter.shape[-1] if parameter.dim() else 1) > 1:
+        stride += 1
+    return stride
+
+
 class SignalRecorder:
     """
     Measures the signals of `hf_alrs.features.SIGNALS` on live parameters.
 
     Args:
         parameters (`Sequence[torch.nn.Parameter]`): Trained parameters.
-        max_size (`int`): Coordinates of all tensors together. A tensor that is larger than its share is read at an odd
-            stride, so that the columns of a matrix are all visited.
+        max_size (`int`): Coordinates of all tensors together. A tensor that is larger than its share is read at a
+            stride without a factor in common with its last dimension, so that all columns are visited.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], max_size: int):
-        self.parameters = list(parameters)
+        self.parameters = [p for p in parameters if p.numel() > 0]  # a shard may hold nothing of a parameter
         self.device = self.parameters[0].device
         share = max(_MIN_SHARE, max_size // len(self.parameters))
-        self._strides = [1 if p.numel() <= share else (p.numel() // share) | 1 for p in self.parameters]
+        self._strides = [_stride(p, share) for p in self.parameters]
         sizes = [len(range(0, p.numel(), stride)) for p, stride in zip(self.parameters, self._strides, strict=True)]
         # sqrt(n / subsample) on both factors of a product makes the sum over the subsample an unbiased estimate
         self._scale = torch.cat(
@@ -60,7 +68,8 @@ class SignalRecorder:
         return torch.cat([part.to(self.device, torch.float32) for part in parts]).mul_(self._scale)
 
     def _gradients(self) -> torch.Tensor:
-        return self._gather([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters])
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        return self._gather([g.to_dense() if g.is_sparse else g for g in gradients])
 
     def start(self) -> None:
         """Keeps the initial weights (the subsample of them)."""

@@ -78,15 +78,7 @@ def test_two_processes_are_one_with_twice_the_batch(runs: dict[int, list[dict[st
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize(
     "route",
-    [
-        "resumed",
-        pytest.param(
-            "resumed after an epoch",
-            marks=pytest.mark.xfail(
-                strict=True, reason="losses not yet read are saved by one rank alone, and read again after resuming"
-            ),
-        ),
-    ],
+    ["resumed", "resumed after an epoch"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(
     runs: dict[int, list[dict[str, Any]]], route: str, num_processes: int

@@ -127,9 +127,6 @@ def test_loading_a_network_leaves_the_global_random_state_alone(tmp_path: Path) 
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the network is built in torch's default dtype, and its input is always float32"
-)
 def test_another_default_dtype_does_not_matter() -> None:
     torch.set_default_dtype(torch.float64)
     try:

@@ -336,7 +336,6 @@ def test_close_takes_the_hook_away(quiet: Config) -> None:
     assert optimizer.param_groups[0]["lr"] == rate
 
 
-@pytest.mark.xfail(strict=True, reason="the network is trained under the caller's grad mode")
 def test_no_gradient_is_needed_around_the_step(moving_config: Config) -> None:
     """A loop may well step its scheduler under `torch.no_grad`, and the network trains all the same."""
     model = Line()
@@ -435,9 +434,6 @@ def test_a_restart_brings_back_the_weights_with_a_fresh_optimizer(quiet: Config)
     assert scheduler._steps == 4 * K + 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="buffers are copied at the first optimizer step, after the first batch went through"
-)
 def test_a_restart_brings_back_the_buffers(quiet: Config) -> None:
     before, model, _, _ = restarted(quiet)
     for name, value in model.named_buffers():
@@ -472,7 +468,13 @@ def test_probes_return_to_their_snapshot() -> None:
     model = tiny_classifier(batch_norm=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     config = ALRSConfig(
-        network="scratch", hidden_sizes=(8,), num_probes=3, probe_steps=8, phase1_steps=8, decision_interval=K
+        network="scratch",
+        hidden_sizes=(8,),
+        num_probes=3,
+        probe_steps=8,
+        phase1_steps=8,
+        decision_interval=K,
+        max_restarts=0,
     )
     scheduler = ALRSScheduler(optimizer, 80, config=config, model=model)
     loader = DataLoader(tiny_dataset(), batch_size=16)
@@ -507,12 +509,6 @@ def test_probes_return_to_their_snapshot() -> None:
 @pytest.mark.parametrize(
     "interval",
     [
-        pytest.param(
-            1,
-            marks=pytest.mark.xfail(
-                strict=True, reason="at an interval of 1 the update is compared with the rate that came after it"
-            ),
-        ),
         2,
         3,
         7,

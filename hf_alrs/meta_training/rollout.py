@@ -24,6 +24,7 @@ from ..features import (
     feature_vector,
     initial_state,
     loss_cap,
+    loss_over_initial,
     restart_state,
     update_decision,
     update_evaluation,
@@ -198,7 +199,7 @@ def rollout(
                 finite,
                 offset,
                 highest,
-                state.loss_fast / np.maximum(state.initial_loss, 1e-6),
+                loss_over_initial(state),
                 restarts,
             )
             jumped |= state.decision_count >= first_jump

@@ -316,6 +316,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
         name = "-".join(map(str, sizes))
         table = evaluate_held_out(bank, config.held_out_seeds, folder, config.num_workers)
         report[name] = table
+        (output / name / "README.md").unlink(missing_ok=True)  # a card that is there is not written again
         MetaLRNetwork.from_pretrained(str(folder)).save_pretrained(
             output / name, model_card_kwargs=_card(config, table)
         )

@@ -1,0 +1,71 @@
+"""
+Added time per step as a ratio to the linear scheduler, side by side in one process.
+
+Run with `pytest -m slow -s tests/benchmarks`; it prints what it measured. No assertion is on a time: the ratio is.
+"""
+
+import time
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_alrs import get_scheduler
+
+
+# hidden size, layers, vocabulary, steps measured: about 1, 23 (the shape of MiniLM-L6) and 110 million parameters
+SIZES = {"1M": (64, 2, 10_000, 160), "23M": (384, 6, 30_522, 40), "110M": (768, 12, 30_522, 12)}
+
+
+class Side:
+    """A model with its optimizer and scheduler; both sides get the same batches."""
+
+    def __init__(self, name: str, size: str, num_training_steps: int):
+        hidden, layers, vocabulary, _ = SIZES[size]
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=max(2, hidden // 64),
+            intermediate_size=4 * hidden,
+        )
+        self.model = BertForSequenceClassification(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
+        self.scheduler = get_scheduler(name, self.optimizer, 0, num_training_steps)
+        self.seconds: list[float] = []
+
+    def step(self, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+        start = time.perf_counter()
+        loss = self.model(input_ids=tokens, labels=labels).loss
+        loss.backward()
+        self.optimizer.step()
+        if hasattr(self.scheduler, "observe"):
+            self.scheduler.observe(loss=loss)
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", list(SIZES))
+def test_added_time_per_step(size: str) -> None:
+    vocabulary, num_steps = SIZES[size][2:]
+    # Decisions come every 1.25 % of a run: 225 steps, as in one epoch of 7,200 sentences, decide at every second one.
+    sides = {name: Side(name, size, num_training_steps=225) for name in ("linear", "alrs")}
+    generator = torch.Generator().manual_seed(0)
+    for i in range(num_steps + 2):
+        tokens = torch.randint(vocabulary, (32, 24), generator=generator)
+        labels = torch.randint(2, (32,), generator=generator)
+        for side in sides.values() if i % 2 else reversed(sides.values()):  # neither side always goes first
+            side.step(tokens, labels)
+    scheduler = sides["alrs"].scheduler
+    linear = sum(sides["linear"].seconds[2:])
+    added = sum(sides["alrs"].seconds[2:]) / linear - 1
+    inside = scheduler.seconds / len(sides["alrs"].seconds) * num_steps / linear
+    parameters = sum(p.numel() for p in sides["alrs"].model.parameters())
+    print(
+        f"\n{parameters / 1e6:.1f} M parameters, {linear / num_steps * 1e3:.1f} ms a step with linear: the controller's own "
+        f"clock says {inside:.2%} more with alrs, the difference of the two sides {added:+.2%}"
+    )
+    assert inside < (0.05 if size == "1M" else 0.02)

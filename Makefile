@@ -11,8 +11,11 @@ SOURCES := hf_alrs tasks tests run_glue_alrs.py run_vision_alrs.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
+# The main job on the built-in text sample, then eight schedulers by three seeds on the built-in digits
 demo: .venv/installed
-	$(BIN)/python run_glue_alrs.py --output_dir outputs/demo
+	$(BIN)/python run_glue_alrs.py --dataset_name sample --output_dir outputs/demo
+	$(BIN)/python run_vision_alrs.py --dataset_name sample --output_dir outputs/demo-comparison --seeds 0 1 2 \
+		--schedulers alrs constant linear step exponential reduce_lr_on_plateau prodigy schedule_free
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -56,6 +56,9 @@ _NO_PROGRESS, _NO_PROGRESS_DECISIONS = 0.97, 6
 _DIVERGED_CHANGE = -math.log(10.0)
 # Standard deviation of the noise added to features when the network is trained on the few rows of one run
 _JITTER = 0.05
+# Adam's epsilon for trained weights. At the usual 1e-8 every step moves every weight by the full rate however small the
+# error is, and the jitter of ten such steps outweighs what a handful of rows can teach: the rates get worse.
+_FINE_TUNING_EPSILON = 1.0
 # Rows that one run's training set is blown up to, in batches, by jitter
 _BATCHES_FROM_SCRATCH = 16
 # Weight of the probes' verdict in the hindsight estimate, in decisions
@@ -459,7 +462,8 @@ class ALRSController:
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self._fits)
         parameters = list(self.network.parameters())
         before = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.Adam(parameters, lr=self.config.meta_learning_rate)
+        epsilon = 1e-8 if scratch else _FINE_TUNING_EPSILON
+        optimizer = torch.optim.Adam(parameters, lr=self.config.meta_learning_rate, eps=epsilon)
         loss = torch.zeros(())
         for _ in range(num_epochs * max(batches, len(rows) // self.config.meta_batch_size)):
             chosen = torch.randint(len(rows), (self.config.meta_batch_size,), generator=generator)

@@ -170,12 +170,17 @@ class _Recorder(TrainerCallback):
     def history(self) -> dict[str, Any]:
         return {
             "step": list(range(1, len(self.losses) + 1)),
-            "loss": [float(loss) for loss in self.losses],
-            "grad_norm": [float(norm) for norm in self.norms],
-            "learning_rate": self.rates,
+            "loss": _rounded(self.losses),
+            "grad_norm": _rounded(self.norms),
+            "learning_rate": _rounded(self.rates),
             "phase": None,
-            "seconds": self.seconds,
+            "seconds": _rounded(self.seconds),
         }
+
+
+def _rounded(values: Iterable[Any]) -> list[float]:
+    """To eight significant digits: a third of the file, and more than any of these numbers means."""
+    return [float(f"{float(value):.8g}") for value in values]
 
 
 def clean_scores(metrics: dict[str, float]) -> dict[str, float]:

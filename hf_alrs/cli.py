@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import logging
@@ -10,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -265,17 +266,48 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     types = (DataArguments, ALRSArguments, RunArguments, TrainingArguments)
     task, (data, alrs, _, args), changed = parse(arguments, types, tasks, default_task)
     find_baseline(alrs.scheduler)
-    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     config = alrs.to_config(args.seed)
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     _set_up_logging(args)
     # TrainingArguments turns do_eval on by itself where eval_strategy is set: ask what was given.
     if not any(changed.get(name) for name in ("do_train", "do_eval", "do_predict")):
         args.do_train = args.do_eval = True
     with args.main_process_first(desc="dataset"):
         prepared = task.prepare(data)
-    _print_plan(task, prepared, args, alrs.scheduler)
+    if prepared.reference is not None and data.fold is None:
+        return _cross_validate(task, data, alrs.scheduler, args, config)
+    return _train_prepared(task, prepared, alrs.scheduler, args, config)
+
+
+def _cross_validate(
+    task: Task, data: DataArguments, scheduler: str, args: TrainingArguments, config: ALRSConfig
+) -> dict[str, float]:
+    """A run for each fold, and beside it the reference model on the same fold; returns the means."""
+    runs: list[dict[str, float]] = []
+    references: list[dict[str, float]] = []
+    for fold in range(data.num_folds):
+        prepared = task.prepare(replace(data, fold=fold))
+        fold_args = copy.copy(args)
+        fold_args.output_dir = str(Path(args.output_dir) / f"fold-{fold}")
+        runs.append(_train_prepared(task, prepared, scheduler, fold_args, config))
+        references.append({f"eval_{key}": value for key, value in prepared.reference().items()})
+    shared = [key for key in references[0] if key in runs[0]]
+    means = {key: float(np.mean([run[key] for run in runs])) for key in shared}
+    print(f"\n{data.num_folds} folds, {task.name} with {scheduler} beside scikit-learn's logistic regression")
+    print(f"{'fold':6}" + "".join(f"{key:>16}{'reference':>12}" for key in shared))
+    rows = [(str(fold), run, reference) for fold, (run, reference) in enumerate(zip(runs, references, strict=True))]
+    rows.append(("mean", means, {key: float(np.mean([r[key] for r in references])) for key in shared}))
+    for name, run, reference in rows:
+        print(f"{name:6}" + "".join(f"{run[key]:>16.4f}{reference[key]:>12.4f}" for key in shared))
+    return means
+
+
+def _train_prepared(
+    task: Task, prepared: PreparedTask, scheduler: str, args: TrainingArguments, config: ALRSConfig
+) -> dict[str, float]:
+    _print_plan(task, prepared, args, scheduler)
     set_seed(args.seed)
-    trainer = build_trainer(prepared, prepared.model_init(), args, alrs.scheduler, config)
+    trainer = build_trainer(prepared, prepared.model_init(), args, scheduler, config)
     checkpoint = args.resume_from_checkpoint or _last_checkpoint(args.output_dir)
     metrics: dict[str, float] = {}
     if args.do_eval and args.do_train and checkpoint is None:

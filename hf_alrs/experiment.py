@@ -65,7 +65,9 @@ class DataArguments:
     num_folds: int = field(
         default=5, metadata={"help": "Tabular data without an eval split: 1/num_folds is held out."}
     )
-    fold: int = field(default=0, metadata={"help": "Which of the folds is held out."})
+    fold: int | None = field(
+        default=None, metadata={"help": "Which of the folds is held out; a single run without it takes all in turn."}
+    )
 
 
 @dataclass
@@ -85,6 +87,8 @@ class PreparedTask:
         label_names (`list[str]`, *optional*): Class names; `None` for regression.
         source (`str`): Where the data came from, in words, for the report (says so where it is synthetic).
         metric_for_best (`str`): Key of the metric that is "the" score, with its prefix.
+        reference (`Callable[[], dict[str, float]]`, *optional*): Trains a simple well-known model on the same train split
+            and gives its metrics on the same eval split, where that is a held-out fold.
     """
 
     train_dataset: Any
@@ -98,6 +102,7 @@ class PreparedTask:
     label_names: list[str] | None = None
     source: str = ""
     metric_for_best: str = "eval_accuracy"
+    reference: Callable[[], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def check_arguments(arguments: DataArguments) -> None:
         raise InputError("split_seed", arguments.split_seed, "must not be negative.", "Give --split_seed 0 or more.")
     if arguments.num_folds < 2:
         raise InputError("num_folds", arguments.num_folds, "must be at least 2.", "The default is 5.")
-    if not 0 <= arguments.fold < arguments.num_folds:
+    if arguments.fold is not None and not 0 <= arguments.fold < arguments.num_folds:
         raise InputError(
             "fold",
             arguments.fold,
@@ -596,8 +596,9 @@ def split_examples(
                 evaluation = labelled(name, splits[name])
                 break
     if evaluation is None:
-        train, evaluation = hold_out_fold(train, arguments.num_folds, arguments.fold, arguments.split_seed)
-        notes.append(f"eval is fold {arguments.fold} of {arguments.num_folds} held out of train")
+        fold = arguments.fold or 0
+        train, evaluation = hold_out_fold(train, arguments.num_folds, fold, arguments.split_seed)
+        notes.append(f"eval is fold {fold} of {arguments.num_folds} held out of train")
     if names is not None and len(np.unique(train.labels)) < 2:
         raise InputError(
             "label_column", column, "every training example has the same label.", "Use data with two classes or more."

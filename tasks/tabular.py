@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -346,13 +347,16 @@ def prepare_tabular(arguments: DataArguments) -> PreparedTask:
         )
     processor = TabularProcessor.fit(train_frame, numeric, categorical, titanic=titanic)
 
+    eval_is_fold = splits.eval.split == splits.train.split
+
     def dataset(part: Part | None) -> TabularDataset | None:
         return None if part is None else TabularDataset(processor(read_frame(part))["features"], part.labels)
 
+    train, evaluation = dataset(splits.train), dataset(splits.eval)
     return PreparedTask(
-        train_dataset=dataset(splits.train),
+        train_dataset=train,
         controller_dataset=dataset(splits.controller),
-        eval_dataset=dataset(splits.eval),
+        eval_dataset=evaluation,
         predict_dataset=dataset(splits.predict),
         model_init=_model_init(model_type, processor.num_features, splits.label_names),
         data_collator=default_data_collator,
@@ -360,7 +364,24 @@ def prepare_tabular(arguments: DataArguments) -> PreparedTask:
         processing_class=processor,
         label_names=splits.label_names,
         source=splits.description,
+        reference=partial(logistic_regression, train, evaluation) if eval_is_fold else None,
     )
+
+
+def logistic_regression(train: TabularDataset, evaluation: TabularDataset) -> dict[str, float]:
+    """Metrics of scikit-learn's logistic regression at its defaults, on the numbers that the network gets too."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+    model = LogisticRegression(max_iter=1000).fit(train.features.numpy(), train.labels.numpy())
+    labels, inputs = evaluation.labels.numpy(), evaluation.features.numpy()
+    predicted = model.predict(inputs)
+    average = "binary" if len(model.classes_) == 2 else "macro"
+    return {
+        "loss": float(log_loss(labels, model.predict_proba(inputs), labels=model.classes_)),
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "f1": float(f1_score(labels, predicted, average=average)),
+    }
 
 
 def read_frame(part: Part) -> pd.DataFrame:

@@ -129,3 +129,16 @@ def test_vision_script_end_to_end(tmp_path: Path) -> None:
     again = run("run_vision_alrs.py", *arguments, str(tmp_path))
     assert again.returncode == 0 and "Resuming" in again.stderr
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
+
+
+def test_a_table_without_an_eval_split_runs_over_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["--task", "titanic", "--dataset_name", "sample", "--num_folds", "3", "--num_train_epochs", "2"]
+    means = cli.train([*command, "--network", "scratch", "--output_dir", str(tmp_path)], TASKS, "titanic")
+    table = capsys.readouterr().out.split("beside scikit-learn's logistic regression")[1]
+    assert [line.split()[0] for line in table.splitlines()[2:6]] == ["0", "1", "2", "mean"]
+    folds = [json.loads((tmp_path / f"fold-{k}" / "eval_results.json").read_text()) for k in range(3)]
+    assert means["eval_loss"] == pytest.approx(sum(fold["eval_loss"] for fold in folds) / 3)
+    one = cli.train(
+        [*command, "--fold", "1", "--network", "scratch", "--output_dir", str(tmp_path / "one")], TASKS, ""
+    )
+    assert one["eval_loss"] == pytest.approx(folds[1]["eval_loss"]), "a fold alone is the same run"

@@ -50,10 +50,17 @@ def test_recipe_of_a_named_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("50", 50), ("0.025", 0.025), ("1", 1), ("1.0", 1.0), ("epoch", "epoch")]
+    ("name", "text", "expected"),
+    [
+        ("decision_interval", "50", 50),
+        ("decision_interval", "0.025", 0.025),
+        ("decision_interval", "epoch", "epoch"),
+        ("phase1_steps", "1", 1),
+        ("phase1_steps", "1.0", 1.0),
+    ],
 )
-def test_spans(text: str, expected: object) -> None:
-    value = ALRSArguments(decision_interval=text).to_config(0).decision_interval
+def test_spans(name: str, text: str, expected: object) -> None:
+    value = getattr(ALRSArguments(**{name: text}).to_config(0), name)
     assert value == expected and type(value) is type(expected)
 
 

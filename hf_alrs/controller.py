@@ -61,6 +61,8 @@ _JITTER = 0.05
 _FINE_TUNING_EPSILON = 1.0
 # Rows that one run's training set is blown up to, in batches, by jitter
 _BATCHES_FROM_SCRATCH = 16
+# Rows kept; a run has about 80 decisions unless it asks for more
+_MAX_ROWS = 1024
 # Weight of the probes' verdict in the hindsight estimate, in decisions
 _PROBE_WEIGHT = 200.0
 # ln of the factor between the lowest and the highest probe and the initial rate
@@ -426,6 +428,7 @@ class ALRSController:
 
     def _remember(self, features: np.ndarray, estimate: float, weight: int) -> None:
         self._rows.append([*features.tolist(), self.log_multiplier, estimate, float(weight)])
+        del self._rows[:-_MAX_ROWS]
 
     def hindsight(self) -> float | None:
         """

@@ -15,6 +15,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from .config import ALRSConfig, InputError
+from .features import FEATURE_NAMES
 from .scheduler import ALRSScheduler, get_scheduler
 
 
@@ -198,7 +199,7 @@ class ALRSCallback(TrainerCallback):
         self.phases += [entry["phase"] for entry in entries]
         if entries and self.write_history and state.is_world_process_zero:
             with open(Path(args.output_dir) / HISTORY_NAME, "a") as file:
-                file.writelines(json.dumps(_finite(entry)) + "\n" for entry in entries)
+                file.writelines(json.dumps(strict_json(entry)) + "\n" for entry in entries)
 
 
 class ALRSTrainer(Trainer):
@@ -269,13 +270,18 @@ class ALRSTrainer(Trainer):
             logs["alrs/log_multiplier"] = decision.log_multiplier
             if scheduler.last_meta_loss is not None:
                 logs["alrs/meta_loss"] = scheduler.last_meta_loss
+            if self.args.report_to:  # for trackers; too many for a console
+                features = zip(FEATURE_NAMES, decision.features, strict=True)
+                logs.update({f"alrs/feature/{name}": value for name, value in features})
         super().log(logs, *args, **kwargs)
 
 
-def _finite(value: Any) -> Any:
-    """`value` for strict JSON: non-finite numbers become `None`."""
+def strict_json(value: Any) -> Any:
+    """`value` for strict JSON: numbers that are not finite become `None`."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -33,7 +33,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
-from .callback import ALRSTrainer
+from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
 from .experiment import HELD_OUT, DataArguments, PreparedTask, Task, build_trainer
 from .scheduler import ALRSScheduler
@@ -368,21 +368,10 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _strict(value: Any) -> Any:
-    """`value` for strict JSON: numbers that are not finite become `None`."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Writes a record so that the file is there whole or not at all, also when the process is killed."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_strict(record), allow_nan=False, default=str))
+    temporary.write_text(json.dumps(strict_json(record), allow_nan=False, default=str))
     temporary.replace(path)
 
 

@@ -2,6 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := hf_alrs tasks tests run_glue_alrs.py run_vision_alrs.py
 
+# Small models: threads of one run get in each other's way, and much more so beside other work
+SINGLE := OMP_NUM_THREADS=1
+
 .PHONY: demo test test-slow quality style
 
 # Rebuilt whenever the dependencies change
@@ -13,15 +16,15 @@ SOURCES := hf_alrs tasks tests run_glue_alrs.py run_vision_alrs.py
 
 # The main job on the built-in text sample, then eight schedulers by three seeds on the built-in digits
 demo: .venv/installed
-	$(BIN)/python run_glue_alrs.py --dataset_name sample --output_dir outputs/demo
-	$(BIN)/python run_vision_alrs.py --dataset_name sample --output_dir outputs/demo-comparison --seeds 0 1 2 \
+	$(SINGLE) $(BIN)/python run_glue_alrs.py --dataset_name sample --output_dir outputs/demo
+	$(SINGLE) $(BIN)/python run_vision_alrs.py --dataset_name sample --output_dir outputs/demo-comparison --seeds 0 1 2 \
 		--schedulers alrs constant linear step exponential reduce_lr_on_plateau prodigy schedule_free
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(SINGLE) $(BIN)/python -m pytest
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(SINGLE) $(BIN)/python -m pytest -m slow
 
 quality: .venv/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -35,7 +35,7 @@ from transformers.training_args import OptimizerNames
 
 from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
-from .experiment import HELD_OUT, DataArguments, PreparedTask, Task, build_trainer
+from .experiment import HELD_OUT, DataArguments, PreparedTask, Task, build_trainer, find_baseline
 from .scheduler import ALRSScheduler
 
 
@@ -255,7 +255,10 @@ def run_cell(
             if isinstance(trainer, ALRSTrainer):
                 trainer.alrs_callback.write_history = False
             record["config"]["model"] = type(model).__name__
-            record["config"]["training"] |= {"optim": OptimizerNames(args.optim).value, "eval_steps": args.eval_steps}
+            # An optimizer of the baseline's own is none that `args.optim` can name
+            optimizer = find_baseline(spec.scheduler).optimizer
+            optim = optimizer if optimizer == "prodigy" else OptimizerNames(args.optim).value
+            record["config"]["training"] |= {"optim": optim, "eval_steps": args.eval_steps}
             before = time.perf_counter()
             record["benchmark_results"] = _scores(trainer.evaluate(prepared.eval_dataset))
             record["benchmark_results"].pop("epoch", None)

@@ -15,6 +15,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from .config import ALRSConfig, InputError
+from .controller import DRIVE, FALLBACK, FIT, GATHER
 from .features import FEATURE_NAMES
 from .scheduler import ALRSScheduler, get_scheduler
 
@@ -261,12 +262,17 @@ class ALRSTrainer(Trainer):
             self.lr_scheduler.observe(grad_norm=grad_norm)
         return grad_norm
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.lr_scheduler, ALRSScheduler):
+            self.lr_scheduler.flush()  # all processes together; a callback that runs last may have asked for the save
+        super()._save_checkpoint(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         scheduler = self.lr_scheduler
         if "loss" in logs and isinstance(scheduler, ALRSScheduler) and scheduler.last_decision is not None:
             decision = scheduler.last_decision
             # Numbers alone, as trackers take nothing else
-            logs["alrs/phase"] = {"gather": 1, "fit": 2, "drive": 3}[decision.phase]
+            logs["alrs/phase"] = {GATHER: 1, FIT: 2, DRIVE: 3, FALLBACK: 4}[decision.phase]
             logs["alrs/log_multiplier"] = decision.log_multiplier
             if scheduler.last_meta_loss is not None:
                 logs["alrs/meta_loss"] = scheduler.last_meta_loss

@@ -96,6 +96,22 @@ class ALRSConfig:
     )
     restart_window: float = field(default=0.13, metadata={"help": "Share of the run in which restarts may happen."})
 
+    # The divergence guard
+    guard_patience: int = field(
+        default=3,
+        metadata={
+            "help": "Troubles (losses or weights that are not finite, loss spikes) after which the network is no longer "
+            "asked and the last good rate decays linearly."
+        },
+    )
+    rollback: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the last good weights and optimizer state on the CPU, copied at every decision, and go back "
+            "to them when the run is in trouble."
+        },
+    )
+
     # Metrics
     controller_metric_prefix: str = field(
         default="eval_controller",
@@ -135,7 +151,7 @@ class ALRSConfig:
             self._check(
                 name, isinstance(value, int) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more."
             )
-        for name in ("meta_batch_size", "max_signal_size"):
+        for name in ("meta_batch_size", "max_signal_size", "guard_patience"):
             value = getattr(self, name)
             self._check(
                 name, isinstance(value, int) and value >= 1, "must be a whole number of at least 1.", "Use 1 or more."

@@ -40,10 +40,12 @@ from .features import (
     update_evaluation,
     update_step,
 )
+from .guard import BOUNDS, NON_FINITE, SPIKE, Guard
 from .network import MetaLRNetwork, load_network
 
 
-GATHER, FIT, DRIVE = "gather", "fit", "drive"
+# The last one is not part of a healthy run: a plain linear decay after repeated trouble.
+GATHER, FIT, DRIVE, FALLBACK = "gather", "fit", "drive", "fallback"
 
 # A regret curve needs a middle and two sides.
 MIN_PROBES = 3
@@ -54,6 +56,7 @@ _RESTART_FALL = 1.0
 # A loss that is still this share of the initial one after `_NO_PROGRESS_DECISIONS` shows that training has not begun
 _NO_PROGRESS, _NO_PROGRESS_DECISIONS = 0.97, 6
 _DIVERGED_CHANGE = -math.log(10.0)
+_SPIKE_CHANGE = -math.log(3.0)
 # Standard deviation of the noise added to features when the network is trained on the few rows of one run
 _JITTER = 0.05
 # Adam's epsilon for trained weights. At the usual 1e-8 every step moves every weight by the full rate however small the
@@ -79,7 +82,11 @@ class Decision:
         log_multiplier (`float`): ln(peak rate / initial rate) from here on.
         correction (`float`, *optional*): The network's output; `None` where it was not asked.
         action (`str`, *optional*): What is to happen to the weights: `"restart"` (back to the initial ones),
-            `"snapshot"` (keep these and the optimizer's state), `"restore"` (back to the snapshot).
+            `"snapshot"` (keep these and the optimizer's state), `"restore"` (back to the snapshot), `"rollback"` (back
+            to the last good ones).
+        guard (`str`, *optional*): What the divergence guard found: `"non_finite"`, `"spike"`, or `"bounds"` where the
+            rate was kept from leaving `min_lr` and `max_lr`.
+        good (`bool`): Whether the weights of this moment are worth going back to.
         features (`list[float]`): The feature vector, in the order of `FEATURE_NAMES`.
         meta_loss (`float`, *optional*): Last loss of the network's own training, where it was trained.
         network_change (`float`, *optional*): Norm of the change of the network's weights by that training.
@@ -92,6 +99,8 @@ class Decision:
     features: list[float]
     meta_loss: float | None = None
     network_change: float | None = None
+    guard: str | None = None
+    good: bool = False
 
 
 def control(
@@ -206,8 +215,11 @@ class ALRSController:
 
         self.phase = GATHER
         self.state: RunState = initial_state()
-        self.log_multiplier = 0.0
-        self.highest = 0.0
+        self._good_state: RunState | None = None  # of the moment that a rollback goes back to
+        self._guard = Guard()
+        # A rate outside its bounds is brought inside at once.
+        self.log_multiplier = self._within_bounds(0.0)
+        self.highest = self.log_multiplier
         self.last_change = 0.0
         self.restarts = 0
         self.jumped = False
@@ -262,6 +274,8 @@ class ALRSController:
         """Takes the training loss of one optimizer step."""
         if not math.isfinite(loss) or loss > loss_cap(self.state):
             self.diverged = True
+        if not self._probing:
+            self._guard.observe(loss)
         self.state = update_step(self.state, loss, self.num_training_steps, self.decision_interval)
         if self._probing:
             self._probe_losses.append(float(capped_loss(loss, self.state)))
@@ -278,7 +292,7 @@ class ALRSController:
             step (`int`): Optimizer steps done before this one.
             signals (`Mapping[str, float]`): See `hf_alrs.features.SIGNALS`.
         """
-        finite = not self.diverged and math.isfinite(signals["ww"])
+        finite = not self.diverged and all(math.isfinite(signals[name]) for name in ("ww", "gg"))
         self.diverged = False
         signals = clean_signals(signals)
         rate = max(self.learning_rate(step - 1), 1e-30)
@@ -303,8 +317,12 @@ class ALRSController:
         if not self.jumped and count == self._first_jump and self._num_probes > 0 and finite:
             self._remember(features, math.nan, count)
             self._before_probes = (self.state, self.log_multiplier, features.tolist())
+            self._guard.forget()
             return self._start_probe(step, features, "snapshot")
 
+        trouble = self._guard.judge(finite, float(self.state.initial_loss))
+        if self.phase == FALLBACK:
+            return self._hold(features, trouble)
         correction = self._ask(features)
         self._remember(features, self.log_multiplier + correction, count)
         meta_loss = network_change = None
@@ -315,7 +333,7 @@ class ALRSController:
         elif self._feedback_due(count > jump_decision):
             meta_loss, network_change = self._train(1)
             correction = self._ask(features)
-        return self._act(step, features, correction, count, jump_decision, finite, meta_loss, network_change)
+        return self._act(step, features, correction, count, jump_decision, trouble, meta_loss, network_change)
 
     def _feedback_due(self, driving: bool) -> bool:
         if not driving:
@@ -330,7 +348,7 @@ class ALRSController:
         correction: float,
         count: int,
         jump_decision: int,
-        finite: bool,
+        trouble: str | None,
         meta_loss: float | None,
         network_change: float | None,
     ) -> Decision:
@@ -341,39 +359,82 @@ class ALRSController:
             count,
             jump_decision,
             self._progress_of_restarts(step),
-            finite,
+            trouble != NON_FINITE,
             self.log_multiplier,
             self.highest,
             loss_over_initial(state),
             self.restarts,
         )
+        if trouble == SPIKE and not restart:
+            change = min(float(change), _SPIKE_CHANGE)
         fitting = not self.jumped and count >= self._first_jump
-        self._move(float(change))
+        kept_inside = self._move(float(change))
         self.jumped = self.jumped or fitting
         self.phase = FIT if fitting else (DRIVE if self.jumped else GATHER)
         self.highest = self.log_multiplier if restart else max(self.highest, self.log_multiplier)
         if restart:
             self.restarts += 1
             self.state = restart_state(state, np.bool_(True))
+            self._guard.forget()
+        good = trouble is None and not restart and not self._guard.suspicious
+        action = "restart" if restart else self._answer(trouble, good)
+        if trouble is not None and not restart and self._fall_back():
+            self.phase = FALLBACK
         return Decision(
             phase=self.phase,
             log_multiplier=self.log_multiplier,
             correction=correction,
-            action="restart" if restart else None,
+            action=action,
             features=features.tolist(),
             meta_loss=meta_loss,
             network_change=network_change,
+            guard=trouble or (BOUNDS if kept_inside else None),
+            good=good,
         )
 
-    def _move(self, change: float) -> None:
-        """Changes `log_multiplier`, keeping the peak rate inside `min_lr` and `max_lr`."""
-        target = self.log_multiplier + change
-        ceiling = math.log(self.config.max_lr / self.initial_learning_rate)
-        target = min(target, max(ceiling, 0.0))
+    def _answer(self, trouble: str | None, good: bool) -> str | None:
+        """Keeps the statistics of a good moment, or brings them back; returns what is to happen to the weights."""
+        if trouble is None:
+            if good:
+                self._guard.good = self.log_multiplier
+                self._good_state = self.state if self.config.rollback else None
+            return None
+        self._guard.troubles += 1
+        if self._good_state is None:
+            return None
+        self.state = self._good_state
+        return "rollback"
+
+    def _fall_back(self) -> bool:
+        """Whether it is time for the plain decay; sets its rate."""
+        if self._guard.troubles < self.config.guard_patience or self._guard.good is None:
+            return False
+        # Trouble may have lowered the rate below the last good one already.
+        self.log_multiplier = min(self.log_multiplier, self._guard.good)
+        self.last_change = 0.0
+        return True
+
+    def _hold(self, features: np.ndarray, trouble: str | None) -> Decision:
+        """A decision of the plain decay: the rate is left alone, the weights are still guarded."""
+        self.last_change = 0.0
+        good = trouble is None and not self._guard.suspicious
+        action = self._answer(trouble, good)
+        return Decision(FALLBACK, self.log_multiplier, None, action, features.tolist(), guard=trouble, good=good)
+
+    def _within_bounds(self, log_multiplier: float) -> float:
+        """The nearest multiplier that keeps the peak rate inside `min_lr` and `max_lr`."""
+        target = min(log_multiplier, math.log(self.config.max_lr / self.initial_learning_rate))
         if self.config.min_lr > 0:
-            target = max(target, min(math.log(self.config.min_lr / self.initial_learning_rate), 0.0))
+            target = max(target, math.log(self.config.min_lr / self.initial_learning_rate))
+        return target
+
+    def _move(self, change: float) -> bool:
+        """Changes `log_multiplier` within bounds; returns whether a bound stood in the way."""
+        wanted = self.log_multiplier + change
+        target = self._within_bounds(wanted)
         self.last_change = target - self.log_multiplier
         self.log_multiplier = target
+        return target != wanted
 
     # Probes: a small regret curve of this very run
 
@@ -407,7 +468,7 @@ class ALRSController:
         meta_loss, network_change = self._train(self.config.meta_num_epochs)
         features = np.asarray(first)
         decision = self._act(
-            step, features, self._ask(features), self._first_jump, self._first_jump, True, meta_loss, network_change
+            step, features, self._ask(features), self._first_jump, self._first_jump, None, meta_loss, network_change
         )
         return replace(decision, action=decision.action or "restore")
 
@@ -513,6 +574,8 @@ class ALRSController:
         """Everything that decides the rest of the run, as tensors and plain Python values (`weights_only=True`)."""
         state: dict[str, Any] = {name: getattr(self, name) for name in self._SCALARS}
         state["state"] = _state_to_dict(self.state)
+        state["good_state"] = None if self._good_state is None else _state_to_dict(self._good_state)
+        state["guard"] = self._guard.state_dict()
         state["before_probes"] = (
             None if self._before_probes is None else [_state_to_dict(self._before_probes[0]), *self._before_probes[1:]]
         )
@@ -541,6 +604,9 @@ class ALRSController:
             value = state[name]
             setattr(self, name, list(value) if isinstance(value, (list, tuple)) else value)
         self.state = _state_from_dict(state["state"])
+        good = state["good_state"]
+        self._good_state = None if good is None else _state_from_dict(good)
+        self._guard.load_state_dict(state["guard"])
         before = state["before_probes"]
         self._before_probes = None if before is None else (_state_from_dict(before[0]), before[1], before[2])
         self._rows = state["rows"].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -14,12 +15,15 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR, Ste
 from transformers import SchedulerType
 
 from .config import ALRSConfig, InputError
-from .controller import ALRSController, Decision
+from .controller import FALLBACK, ALRSController, Decision
 from .features import FEATURE_NAMES, FEATURE_VERSION, SIGNALS
+from .guard import NON_FINITE, SPIKE
 from .signals import SignalRecorder
 
 
-STATE_VERSION = 1
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 2
 _OWN_NAMES = ("alrs", "step", "exponential", "one_cycle")
 
 
@@ -56,7 +60,7 @@ class ALRSScheduler(LRScheduler):
     Attributes:
         history (`list[dict]`): One entry for each optimizer step since the last `drain_history`, written at decisions:
             `step` (1 for the first), `loss`, `grad_norm`, `learning_rate`, `phase`; at decisions also `features`,
-            `log_multiplier`, `correction`, `action`, `meta_loss` and `network_change`.
+            `log_multiplier`, `correction`, `action`, `guard`, `meta_loss` and `network_change`.
         seconds (`float`): Time spent in the controller so far.
     """
 
@@ -98,6 +102,8 @@ class ALRSScheduler(LRScheduler):
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
         self._initial_buffers = [b.detach().clone() for b in model.buffers()] if model is not None else []
         self._snapshot: dict[str, Any] | None = None
+        self._good: dict[str, Any] | None = None  # what a rollback goes back to, on the CPU
+        self._told: set[str] = set()
         self._steps = 0  # optimizer steps accounted for
         self._optimizer_steps = 0  # optimizer steps seen by the hook
         self._signals: torch.Tensor | None = None
@@ -248,25 +254,64 @@ class ALRSScheduler(LRScheduler):
                 self._load(self._initial, {})
                 self._recorder.reset()
         elif decision.action == "snapshot":
-            self._snapshot = {
-                "tensors": [t.detach().clone() for t in self._restored_tensors()],
-                "optimizer": _cloned_state(self._inner),
-                "recorder": self._recorder.state_dict(),
-            }
+            self._snapshot = self._keep(None)
         elif decision.action == "restore":
-            self._load(self._snapshot["tensors"], self._snapshot["optimizer"])
-            self._recorder.load_state_dict(self._snapshot["recorder"])
+            self._bring_back(self._snapshot)
+        elif decision.action == "rollback" and self._good is not None:
+            self._bring_back(self._good)
         if decision.phase != "gather":
             self._snapshot = None
+        if decision.good and self.config.rollback:
+            self._good = self._keep(torch.device("cpu"))
+        self._tell(step, decision)
         self.history[-1].update(
             phase=decision.phase,
             log_multiplier=decision.log_multiplier,
             correction=decision.correction,
             action=decision.action,
+            guard=decision.guard,
             meta_loss=decision.meta_loss,
             network_change=decision.network_change,
             features=dict(zip(FEATURE_NAMES, decision.features, strict=True)),
         )
+
+    def _tell(self, step: int, decision: Decision) -> None:
+        """Warns once of trouble and once of the plain decay; the history has every case."""
+        if decision.guard not in (NON_FINITE, SPIKE):
+            return
+        what = {NON_FINITE: "losses, gradients or weights are not finite", SPIKE: "the loss has jumped"}[
+            decision.guard
+        ]
+        if decision.action in ("restart", "rollback"):
+            remedy = (
+                "the weights go back to the " + ("initial" if decision.action == "restart" else "last good") + " ones"
+            )
+        elif decision.guard == NON_FINITE and not self.config.rollback:
+            remedy = "weights that are lost stay lost without rollback=True; resume from a checkpoint if they are"
+        else:
+            remedy = "the weights stay"
+        messages = {"trouble": f"Step {step + 1}: {what}; the learning rate goes down, {remedy}."}
+        if decision.phase == FALLBACK:
+            messages["fallback"] = (
+                f"Step {step + 1}: trouble for the {self.config.guard_patience}th time or more; from here on the last good "
+                "learning rate decays linearly and the network is not asked any more."
+            )
+        for kind, message in messages.items():
+            if kind not in self._told and _is_first_process():
+                logger.warning(message)
+            self._told.add(kind)
+
+    def _keep(self, device: torch.device | None) -> dict[str, Any]:
+        """Copies of weights, buffers, optimizer state and signals; on their own devices if `device` is `None`."""
+        return {
+            "tensors": [_copied(t, device) for t in self._restored_tensors()],
+            "optimizer": _copied_state(self._inner, device),
+            "recorder": self._recorder.state_dict(),
+        }
+
+    def _bring_back(self, kept: dict[str, Any]) -> None:
+        self._load(kept["tensors"], kept["optimizer"])
+        self._recorder.load_state_dict(kept["recorder"])
 
     def _restored_tensors(self) -> list[torch.Tensor]:
         buffers = list(self.model.buffers()) if self.model is not None else []
@@ -280,7 +325,8 @@ class ALRSScheduler(LRScheduler):
         parameters = [p for group in self._inner.param_groups for p in group["params"]]
         for index, values in optimizer_state.items():
             self._inner.state[parameters[index]] = {
-                key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in values.items()
+                key: _cloned_beside(value, parameters[index]) if isinstance(value, torch.Tensor) else value
+                for key, value in values.items()
             }
 
     # Rates
@@ -318,6 +364,8 @@ class ALRSScheduler(LRScheduler):
             "recorder": self._recorder.state_dict(),
             "initial": self._initial,
             "snapshot": self._snapshot,
+            "good": self._good,
+            "told": sorted(self._told),
             "steps": self._steps,
             "optimizer_steps": self._optimizer_steps,
             "pending": [list(entry) for entry in self._pending],
@@ -365,6 +413,8 @@ class ALRSScheduler(LRScheduler):
         initial = state_dict["initial"]
         self._initial = None if initial is None else [t.to(device) for t in initial]
         self._snapshot = _moved(state_dict["snapshot"], device)
+        self._good = _moved(state_dict["good"], torch.device("cpu"))
+        self._told = set(state_dict["told"])
         self._initial_buffers = []
         self._steps, self._optimizer_steps = state_dict["steps"], state_dict["optimizer_steps"]
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
@@ -384,17 +434,32 @@ def _moved(value: Any, device: torch.device) -> Any:
     return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 
-def _cloned_state(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    """The optimizer's state by parameter index, tensors cloned."""
+def _copied(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    return tensor.detach().clone() if device is None else tensor.detach().to(device, copy=True)
+
+
+def _cloned_beside(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A copy on the parameter's device; step counters of optimizers stay on the CPU."""
+    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+
+
+def _copied_state(optimizer: Optimizer, device: torch.device | None) -> dict[int, dict[str, Any]]:
+    """The optimizer's state by parameter index, tensors copied."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         index: {
-            key: value.detach().clone() if isinstance(value, torch.Tensor) else value
+            key: _copied(value, device) if isinstance(value, torch.Tensor) else value
             for key, value in optimizer.state[p].items()
         }
         for index, p in enumerate(parameters)
         if p in optimizer.state
     }
+
+
+def _is_first_process() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
+        torch.distributed.get_rank() == 0
+    )
 
 
 def get_scheduler(

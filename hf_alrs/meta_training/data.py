@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from .spec import NUM_CONTROLLER, NUM_DIGITS, NUM_EVAL, NUM_UPSTREAM, TaskSpec
+from .spec import NUM_CONTROLLER, NUM_DIGITS, NUM_EVAL, TaskSpec
 
 
 @dataclass
@@ -58,7 +58,7 @@ def make_data(spec: TaskSpec, num_tasks: int) -> TaskData:
     num_drawn = total * 2 if spec.imbalance else total
     # There are too few digits for a separate upstream set: the upstream task labels all that are not held out.
     if spec.pretrained:
-        num_drawn = NUM_DIGITS if digits else num_drawn + NUM_UPSTREAM
+        num_drawn = NUM_DIGITS if digits else num_drawn + spec.num_upstream
     splits: dict[str, list[tuple[Tensor, Tensor]]] = {"train": [], "controller": [], "eval": [], "upstream": []}
     for _ in range(num_tasks):
         inputs, classes, other = GENERATORS[spec.data](spec, num_drawn, latent, generator)
@@ -74,8 +74,9 @@ def make_data(spec: TaskSpec, num_tasks: int) -> TaskData:
             upstream_labels = regrouped * upstream_classes // latent
         upstream = None
         if spec.pretrained and not digits:
-            upstream = (inputs[:NUM_UPSTREAM], upstream_labels[:NUM_UPSTREAM])
-            inputs, labels = inputs[NUM_UPSTREAM:], labels[NUM_UPSTREAM:]
+            k = spec.num_upstream
+            upstream = (inputs[:k], upstream_labels[:k])
+            inputs, labels = inputs[k:], labels[k:]
         if spec.imbalance:
             prior = torch.linspace(0, -spec.imbalance, num_classes).exp()
             prior = prior[torch.randperm(num_classes, generator=generator)]

@@ -164,7 +164,7 @@ def rollout(
         state = update_step(state, values, total, interval)
         if 0 < step < total and step % interval == 0:
             signals = probe.measure()
-            finite &= np.isfinite(signals["ww"])
+            finite &= np.isfinite(signals["ww"]) & np.isfinite(signals["gg"])
             signals = clean_signals(signals)
             previous = np.maximum(np.exp(initial + offset) * (1.0 - (step - 1) / total), 1e-30)
             state = update_decision(state, signals, previous, interval)

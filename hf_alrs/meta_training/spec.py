@@ -12,7 +12,6 @@ POPULATION_VERSION = 1
 
 # Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
 NUM_CONTROLLER, NUM_EVAL = 128, 256
-NUM_UPSTREAM = 4000
 # The only real data set of the population; it bounds how many training examples are left beside the held-out ones.
 NUM_DIGITS = 1797
 
@@ -24,6 +23,13 @@ MAX_STEPS = {"mlp": 800, "conv": 450, "bag": 800, "rnn": 350, "attention": 350}
 # Measured over estimated seconds.
 COST_FACTORS = {"mlp": 0.42, "conv": 1.0, "bag": 0.6, "rnn": 0.5, "attention": 0.9}
 PRETRAINED_SHARE = {"mlp": 0.2, "conv": 0.25, "bag": 0.2, "rnn": 0.25, "attention": 0.6}
+# Seeds from here on draw long runs: what is learnt in 800 steps at most does not carry over to thousands, nor from
+# models that were pretrained for a moment to those that were pretrained well.
+LONG_SEED = 100_000
+LONG_KINDS = {"mlp": 0.2, "conv": 0.08, "bag": 0.2, "rnn": 0.08, "attention": 0.44}
+LONG_MIN_STEPS = 300
+LONG_MAX_STEPS = {"mlp": 2500, "conv": 900, "bag": 2500, "rnn": 700, "attention": 1200}
+LONG_PRETRAINED_SHARE = {"mlp": 0.5, "conv": 0.5, "bag": 0.5, "rnn": 0.5, "attention": 0.9}
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class TaskSpec:
         embedding_std (`float`): Standard deviation of initial embeddings.
         pretrained (`bool`): Whether the initial weights come from an upstream task.
         upstream_steps (`int`): Length of the upstream training.
+        num_upstream (`int`): Examples of the upstream training.
         upstream_same (`bool`):
             Whether the upstream labels are a refinement of the task's, so that small moves are enough.
         head_std (`float`): Standard deviation of the fresh head of a pretrained model; 0 for that of `init`.
@@ -117,6 +124,7 @@ class TaskSpec:
     embedding_std: float = 1.0
     pretrained: bool = False
     upstream_steps: int = 0
+    num_upstream: int = 4000
     upstream_same: bool = False
     head_std: float = 0.0
     damaged: bool = False
@@ -132,14 +140,16 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
     Draws a task group.
 
     Args:
-        seed (`int`): The same seed and `max_cost` always give the same spec.
+        seed (`int`): The same seed and `max_cost` always give the same spec. Seeds from 100,000 on give long runs,
+            most of them from pretrained weights.
         max_cost (`float`, *optional*):
             Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
             gets narrower; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
             the share of each kind as it is.
     """
     r = random.Random(f"population-{POPULATION_VERSION}-{seed}")
-    kind = r.choices(list(KINDS), list(KINDS.values()))[0]
+    kinds = LONG_KINDS if seed >= LONG_SEED else KINDS
+    kind = r.choices(list(kinds), list(kinds.values()))[0]
     for _ in range(1000):
         fields = _draw(r, seed, kind)
         if max_cost is None:
@@ -164,7 +174,7 @@ def _with_examples(fields: dict[str, Any]) -> TaskSpec:
     if fields["data"] == "digits":
         upper = 800 if fields["imbalance"] else NUM_DIGITS - NUM_CONTROLLER - NUM_EVAL
     else:
-        upper = 6000
+        upper = 20_000 if fields["seed"] >= LONG_SEED else 6000
     # Fewer examples than this and the task cannot be learnt from scratch, which teaches nothing about rates.
     lower = 300
     if not fields["pretrained"]:
@@ -178,7 +188,8 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     optimizer = r.choices(list(OPTIMIZERS), list(OPTIMIZERS.values()))[0]
-    pretrained = r.random() < PRETRAINED_SHARE[kind]
+    long = seed >= LONG_SEED
+    pretrained = r.random() < (LONG_PRETRAINED_SHARE if long else PRETRAINED_SHARE)[kind]
     if kind == "attention" and pretrained and r.random() < 0.5:
         optimizer = "adamw"  # what transformers are fine-tuned with
     data = {
@@ -248,7 +259,18 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         if data == "sequence" and fields["rule"] != "bigram":
             fields["vocabulary"] = r.randint(24, 64)  # every token has a meaning of its own to be learnt
     _draw_model(r, fields)
-    if pretrained:
+    if long:
+        fields["num_training_steps"] = int(_log_uniform(r, LONG_MIN_STEPS, LONG_MAX_STEPS[kind]))
+        if kind == "attention":
+            fields["depth"] = r.choice([2, 4, 4, 6, 6])
+            fields["length"] = min(fields["length"], 8) if tokens else fields["length"]
+    if long and pretrained:
+        fields["epochs"] = _log_uniform(r, 1, 4)
+        fields["num_upstream"] = 8000
+        fields["upstream_steps"] = int(_log_uniform(r, 500, 2400))
+        fields["upstream_same"] = r.random() < 0.6
+        fields["head_std"] = r.choice([0.0, 0.02])
+    elif pretrained:
         fields["upstream_steps"] = r.randint(300 if kind == "attention" else 200, 400)
         fields["upstream_same"] = r.random() < 0.6
         fields["head_std"] = r.choice([0.0, 0.02])

@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from ..config import ALRSConfig, InputError
 from ..features import FEATURE_NAMES, FEATURE_VERSION
 from ..network import MetaLRNetwork
-from .bank import Group, fill_bank, group_path, load_group
+from .bank import Group, fill_bank, group_path, load_group, load_stored
 from .population import GRID_SIZE
 from .rollout import rollout
-from .spec import POPULATION_VERSION
+from .spec import LONG_SEED, POPULATION_VERSION
 
 
 _HUBER_WEIGHT = 0.03
@@ -48,13 +48,16 @@ class MetaTrainingConfig:
         output_dir (`str`): Bank, aggregated states and networks; a run that finds them there goes on.
         num_groups (`int`): Task groups to train on.
         num_held_out_groups (`int`): Further groups that judge and choose, never trained on.
-        num_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights.
+        num_long_groups, num_held_out_long_groups (`int`): The same for groups of long runs; they cost several times as
+            much. The held-out ones are judged in a table of their own.
+        num_tasks, num_long_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights.
         num_members (`int`): Runs of each task in a round.
         num_rounds (`int`): Rounds of data aggregation, the first one without a network.
         num_iterations (`int`): Steps of the regression after each round.
         batch_size (`int`), learning_rate (`float`): Of the regression (Adam, linear decay).
         hidden_sizes (`list[list[int]]`): Networks to fit; the first one drives the rollouts.
-        max_cost (`float`, *optional*): Groups whose grid would take more seconds than about this are made shorter.
+        max_cost, max_long_cost (`float`, *optional*): Groups whose grid would take more seconds than about this are
+            made shorter.
         num_workers (`int`): Processes.
         seed (`int`): Groups are drawn from seeds `seed`, `seed + 1`, ...; the held-out ones come first.
     """
@@ -62,7 +65,10 @@ class MetaTrainingConfig:
     output_dir: str
     num_groups: int = 400
     num_held_out_groups: int = 40
+    num_long_groups: int = 0
+    num_held_out_long_groups: int = 0
     num_tasks: int = 4
+    num_long_tasks: int = 2
     num_members: int = 6
     num_rounds: int = 4
     num_iterations: int = 6000
@@ -70,23 +76,47 @@ class MetaTrainingConfig:
     learning_rate: float = 2e-3
     hidden_sizes: list[list[int]] = field(default_factory=lambda: [[64, 32], [64, 64]])
     max_cost: float | None = 4.0
+    max_long_cost: float | None = 16.0
     num_workers: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_groups", "num_held_out_groups", "num_tasks", "num_members", "num_rounds", "num_iterations"):
+        for name in (
+            "num_groups",
+            "num_held_out_groups",
+            "num_tasks",
+            "num_long_tasks",
+            "num_members",
+            "num_rounds",
+            "num_iterations",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(name, value, "must be a whole number of at least 1.", "Correct the configuration.")
+        for name in ("num_long_groups", "num_held_out_long_groups"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise InputError(name, value, "must be a whole number of at least 0.", "Correct the configuration.")
 
     @property
     def held_out_seeds(self) -> range:
         return range(self.seed, self.seed + self.num_held_out_groups)
 
     @property
-    def train_seeds(self) -> range:
+    def held_out_long_seeds(self) -> range:
+        start = LONG_SEED + self.seed
+        return range(start, start + self.num_held_out_long_groups)
+
+    @property
+    def train_seeds(self) -> list[int]:
         start = self.seed + self.num_held_out_groups
-        return range(start, start + self.num_groups)
+        long = self.held_out_long_seeds.stop
+        return [*range(start, start + self.num_groups), *range(long, long + self.num_long_groups)]
+
+    def size_of(self, seed: int) -> tuple[int, float | None]:
+        """Number of tasks and bound on the cost of the group that `seed` draws."""
+        long = seed >= LONG_SEED
+        return (self.num_long_tasks, self.max_long_cost) if long else (self.num_tasks, self.max_cost)
 
 
 @dataclass
@@ -281,9 +311,9 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     output = Path(config.output_dir)
     bank, visited = output / "bank", output / "states"
     visited.mkdir(parents=True, exist_ok=True)
-    seeds = [*config.held_out_seeds, *config.train_seeds]
+    seeds = [*config.held_out_seeds, *config.held_out_long_seeds, *config.train_seeds]
     with ProcessPoolExecutor(config.num_workers, initializer=_init_worker) as pool:
-        jobs = [(str(bank), seed, config.num_tasks, config.max_cost) for seed in seeds]
+        jobs = [(str(bank), seed, *config.size_of(seed)) for seed in seeds]
         for done, _ in enumerate(pool.map(_fill, jobs)):
             report_progress("bank", done + 1, len(jobs))
         policy: Path | None = None
@@ -316,6 +346,9 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
         name = "-".join(map(str, sizes))
         table = evaluate_held_out(bank, config.held_out_seeds, folder, config.num_workers)
         report[name] = table
+        if config.num_held_out_long_groups:
+            long_table = evaluate_held_out(bank, config.held_out_long_seeds, folder, config.num_workers)
+            report[f"{name}-long"] = long_table
         (output / name / "README.md").unlink(missing_ok=True)  # a card that is there is not written again
         MetaLRNetwork.from_pretrained(str(folder)).save_pretrained(
             output / name, model_card_kwargs=_card(config, table)
@@ -331,7 +364,8 @@ def _card(config: MetaTrainingConfig, table: dict[str, object]) -> dict[str, str
     """What a network's card says of its training and its measured regret."""
     return {
         "training": (
-            f"{config.num_groups} groups of {config.num_tasks} synthetic tasks (population version "
+            f"{config.num_groups} groups of {config.num_tasks} and {config.num_long_groups} groups of "
+            f"{config.num_long_tasks} longer synthetic tasks (population version "
             f"{POPULATION_VERSION}), {config.num_rounds} rounds of data aggregation with {config.num_members} runs of "
             f"each task, {config.num_iterations} iterations of the regression, seed {config.seed}."
         ),
@@ -354,7 +388,7 @@ def _fit_round(
     folders = [_network_folder(config, round_index, sizes) for sizes in all_sizes]
     if not all((folder / "config.json").exists() for folder in folders):
         paths = [path for r in range(round_index + 1) for path in sorted(visited.glob(f"round{r}-*.pt"))]
-        states = States.join([States(**torch.load(path, weights_only=True)) for path in paths])
+        states = States.join([States(**load_stored(path, list(States.__dataclass_fields__))) for path in paths])
         for sizes, folder in zip(all_sizes, folders, strict=True):
             torch.manual_seed(config.seed)
             network = MetaLRNetwork(sizes)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -22,20 +23,27 @@ import transformers
 import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
+from . import cards, hub
 from .baselines import BASELINES
 from .callback import HISTORY_NAME
 from .config import ALRSConfig, InputError
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
-from .matrix import Experiment, RunSpec, build_matrix, missing, run_matrix, split_sizes
-from .report import build_report
+from .matrix import Experiment, RunSpec, build_matrix, environment, missing, run_matrix, split_sizes
+from .network import load_network
+from .report import build_report, load_runs
+from .report.leaderboard import LEADERBOARD_FILE, build_leaderboard, render_leaderboard
+from .report.runs import REPORT_FILE
 
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "hf_alrs.tasks"
+# What a folder of results is made of: runs, and the report of them
+_RESULT_NAMES = r"[^/]+\.json|report\.(md|html)|plots/[^/]+\.svg"
 SAMPLE = "sample"
 
 
@@ -62,6 +70,11 @@ class ALRSArguments:
     meta_num_epochs: int = field(default=10, metadata={"help": "Epochs of phase 2; 0: none."})
     num_probes: int | None = field(default=None, metadata={"help": "Trial runs at the end of phase 1."})
     max_restarts: int = field(default=3, metadata={"help": "Restarts from the initial weights; 0 keeps no copy."})
+    guard_patience: int = field(default=3, metadata={"help": "Troubles after which the last good rate just decays."})
+    rollback: bool = field(
+        default=False,
+        metadata={"help": "Keep the last good weights on the CPU and go back to them when the run is in trouble."},
+    )
     min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
     max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})
 
@@ -101,6 +114,12 @@ class CompareArguments:
     jobs: int = field(default=1, metadata={"help": "Runs at a time, each in a process of its own."})
 
     executor: str = field(default="local", metadata={"help": "`local`, or `ray` for a Ray cluster (the extra `ray`)."})
+    launcher: str | None = field(
+        default=None,
+        metadata={"help": "Command that starts the processes of each run, as `accelerate launch --num_processes 2`."},
+    )
+
+    target: float | None = field(default=None, metadata={"help": "Score to time every run to, such as 0.9."})
 
     def __post_init__(self) -> None:
         if self.executor not in ("local", "ray"):
@@ -265,6 +284,10 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     """
     types = (DataArguments, ALRSArguments, RunArguments, TrainingArguments)
     task, (data, alrs, _, args), changed = parse(arguments, types, tasks, default_task)
+    token = _take_token(args, changed)
+    # What the task's recipe says and someone set back to the default is no difference from the default, and one from it.
+    settings = vars(args) | vars(alrs) | vars(data)
+    options = {key: settings[key] for key in task_recipe(task, data.dataset_name, data.model_type)} | changed
     find_baseline(alrs.scheduler)
     config = alrs.to_config(args.seed)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
@@ -275,8 +298,98 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     with args.main_process_first(desc="dataset"):
         prepared = task.prepare(data)
     if prepared.reference is not None and data.fold is None:
+        if args.push_to_hub:
+            raise InputError(
+                "push_to_hub", True, "every fold has a model of its own.", "Give --fold to train and push one of them."
+            )
         return _cross_validate(task, data, alrs.scheduler, args, config)
-    return _train_prepared(task, prepared, alrs.scheduler, args, config)
+    repo_id = _prepare_push(args, changed, token)
+
+    def on_end(trainer: Trainer) -> None:
+        _describe_model(task, prepared, alrs.scheduler, trainer, options, repo_id)
+        if repo_id is not None:
+            _push_model(repo_id, Path(args.output_dir), token)
+
+    return _train_prepared(task, prepared, alrs.scheduler, args, config, on_end)
+
+
+# Publishing a model
+
+
+def _take_token(args: TrainingArguments, changed: dict[str, Any]) -> str | None:
+    """
+    Takes the access token out of everything that is stored, logged or handed to other code: the arguments, which the
+    Trainer pickles beside the model, and the command line, which result files record.
+    """
+    token, args.hub_token = args.hub_token, None
+    changed.pop("hub_token", None)
+    if token:
+        sys.argv[:] = [argument.replace(token, "***") for argument in sys.argv]
+    return token
+
+
+def _prepare_push(args: TrainingArguments, changed: Mapping[str, Any], token: str | None) -> str | None:
+    """
+    The repository that the model goes to once it is trained, `None` where none was asked for. It is looked for before
+    the run, which may take hours.
+
+    The Trainer is not told: it would push every checkpoint, with a card of its own.
+    """
+    if not args.push_to_hub:
+        return None
+    args.push_to_hub = False
+    if not args.do_train:
+        raise InputError("push_to_hub", True, "without training there is no model to push.", "Add --do_train.")
+    if changed.get("hub_strategy", "end") != "end" or args.hub_revision is not None or args.hub_always_push:
+        name = next(n for n in ("hub_strategy", "hub_revision", "hub_always_push") if n in changed)
+        raise InputError(
+            name, changed[name], "a run script pushes once, to `main`, when the run is over.", "Leave it out."
+        )
+    if args.process_index != 0:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    return hub.prepare_repo("hub_model_id", name, args.hub_private_repo, token)
+
+
+def _describe_model(
+    task: Task,
+    prepared: PreparedTask,
+    scheduler: str,
+    trainer: Trainer,
+    options: Mapping[str, Any],
+    repo_id: str | None,
+) -> None:
+    """Writes the card, the plot and the recipe beside the trained model."""
+    folder = Path(trainer.args.output_dir)
+    cards.write_model_card(
+        cards.TrainedModel(
+            folder=folder,
+            name=(repo_id or folder.resolve().name).split("/")[-1],
+            kind=task.kind,
+            task=task.name,
+            scheduler=scheduler,
+            architecture=type(trainer.model).__name__,
+            source=prepared.source,
+            splits=split_sizes(prepared),
+            metric=prepared.metric_for_best,
+            options=options,
+            versions=environment()["versions"],
+            base_model=getattr(trainer.model.config, "_name_or_path", None) or None,
+        )
+    )
+
+
+def _push_model(repo_id: str, folder: Path, token: str | None) -> None:
+    upload = hub.Upload("model", repo_id, cards.model_files(folder))
+    try:
+        address = hub.publish([upload], "hub_model_id", True, token=token, message="Trained with hf-alrs")[0]
+    except InputError as error:
+        remedy = (
+            f"The trained model and its card are in {folder}. When the cause is removed, run the same command again, "
+            "which resumes from the last checkpoint and pushes."
+        )
+        raise InputError(error.field, error.value, error.rule, f"{error.remedy} {remedy}") from error
+    print(f"Model: {address}")
 
 
 def _cross_validate(
@@ -303,11 +416,20 @@ def _cross_validate(
 
 
 def _train_prepared(
-    task: Task, prepared: PreparedTask, scheduler: str, args: TrainingArguments, config: ALRSConfig
+    task: Task,
+    prepared: PreparedTask,
+    scheduler: str,
+    args: TrainingArguments,
+    config: ALRSConfig,
+    on_end: Callable[[Trainer], None] | None = None,
 ) -> dict[str, float]:
     _print_plan(task, prepared, args, scheduler)
     set_seed(args.seed)
     trainer = build_trainer(prepared, prepared.model_init(), args, scheduler, config)
+    for callback in trainer.callback_handler.callbacks:
+        # Its own default is known only when training begins, and the evaluation before it would go to ./runs
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     checkpoint = args.resume_from_checkpoint or _last_checkpoint(args.output_dir)
     metrics: dict[str, float] = {}
     if args.do_eval and args.do_train and checkpoint is None:
@@ -332,6 +454,8 @@ def _train_prepared(
         _predict(trainer, prepared)
     if trainer.is_world_process_zero() and (Path(args.output_dir) / HISTORY_NAME).exists():
         print(f"Learning rate, loss and decisions of every step: {Path(args.output_dir) / HISTORY_NAME}")
+    if args.do_train and on_end is not None and trainer.is_world_process_zero():
+        on_end(trainer)
     return metrics
 
 
@@ -343,6 +467,21 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
     """
     types = (DataArguments, ALRSArguments, RunArguments, CompareArguments, TrainingArguments)
     task, (data, alrs, _, matrix, args), changed = parse(arguments, types, tasks, default_task)
+    _take_token(args, changed)
+    if args.push_to_hub:
+        raise InputError(
+            "push_to_hub",
+            True,
+            "a comparison trains many models and keeps none.",
+            "Publish its results with `hf-alrs publish`, or push the model of a single run.",
+        )
+    if args.world_size > 1:
+        raise InputError(
+            "schedulers",
+            f"{args.world_size} processes",
+            "a matrix is started once, and starts the processes of each run itself.",
+            "Start it with python, and add --launcher 'accelerate launch --num_processes 2'.",
+        )
     _set_up_logging(args)
     names = {f.name for f in fields(TrainingArguments)}
     output_dir = Path(args.output_dir)
@@ -356,6 +495,7 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
         arguments={name: value for name, value in changed.items() if name in names},
         alrs_config=alrs.to_config(seed=0),
         num_evaluations=matrix.num_evaluations,
+        launcher=matrix.launcher,
     )
     left = missing(specs, output_dir)
     print(
@@ -367,10 +507,11 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
         failed = run_matrix(
             experiment, specs, output_dir, matrix.jobs, matrix.executor, progress.on_step, progress.on_done
         )
-    summary = build_report(output_dir)
+    summary = build_report(output_dir, target=matrix.target)
     _print_summary(summary, output_dir)
     if failed:
         print(f"error: {failed} run(s) failed; their result files hold the errors.", file=sys.stderr)
+        print("Delete those files to run them again.", file=sys.stderr)
         sys.exit(1)
 
 
@@ -380,7 +521,9 @@ def _print_summary(summary: Mapping[str, Any], output_dir: Path) -> None:
         for title, key in (("Results", "results"), ("Benchmark Results (before training)", "benchmark_results")):
             scores = summary[key].get(name) or {}
             clock = summary["timing"][key].get(name) or {}
-            _print_dictionary(f"{name}, {shown['scheduler']}, seed {shown['seed']}: {title}", {**scores, **clock})
+            epoch = {"epoch": scores["epoch"]} if "epoch" in scores else {}
+            scores = {k: v for k, v in scores.items() if k != "epoch"} | clock | epoch
+            _print_dictionary(f"{name}, {shown['scheduler']}, seed {shown['seed']}: {title}", scores)
         table = summary["tasks"][name]
         print(f"\n{'scheduler':24}{'initial rate':>13}{'runs':>6}  final loss          {table['score']}")
         for cell in table["cells"]:
@@ -456,6 +599,13 @@ def _set_up_logging(args: TrainingArguments) -> None:
     level = args.get_process_log_level()
     transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
     logging.getLogger("hf_alrs").setLevel(max(level, logging.INFO))
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(
+            "report_to", args.report_to, f"cannot be used: {error}", "Install it, or give none."
+        ) from error
 
 
 def _print_plan(task: Task, prepared: PreparedTask, args: TrainingArguments, scheduler: str) -> None:
@@ -549,19 +699,141 @@ def _command_meta_train(arguments: Sequence[str]) -> None:
 
 
 def _command_report(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="hf-alrs report", description="Build the report of stored runs.")
+    parser = argparse.ArgumentParser(
+        prog="hf-alrs report",
+        description="Build the report of stored runs; of several folders, such as those that `hf-alrs pull` wrote, also "
+        "one leaderboard.",
+    )
     parser.add_argument("results_dir", nargs="+", type=Path, help="Folders of result files.")
     parser.add_argument("--output_dir", type=Path, default=None, help="Default: the first folder.")
+    parser.add_argument("--target", type=float, default=None, help="Score to time every run to, such as 0.9.")
     options = parser.parse_args(arguments)
-    build_report(options.results_dir, options.output_dir)
-    print(f"Report: {(options.output_dir or options.results_dir[0]) / 'report.html'}")
+    output_dir = options.output_dir or options.results_dir[0]
+    summary = build_report(options.results_dir, output_dir, target=options.target)
+    if len(options.results_dir) > 1:
+        board = build_leaderboard(load_runs(options.results_dir), [str(folder) for folder in options.results_dir])
+        text = render_leaderboard(board, summary["plan"]["checks"])
+        (output_dir / LEADERBOARD_FILE).write_text(text, encoding="utf-8")
+        print(text)
+    print(f"Report: {output_dir / 'report.html'}")
+
+
+def _command_publish(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hf-alrs publish",
+        description="Publish the results of a comparison as a dataset on the Hub. The result files are published as they "
+        "are: they hold the command line, the names of folders and the versions of the machine they were made on.",
+    )
+    parser.add_argument("results_dir", type=Path, metavar="DIR", help="Folder of result files.")
+    parser.add_argument("--repo", required=True, help="user/name of the dataset.")
+    parser.add_argument("--space", action="store_true", help="Publish report.html as a static Space of the same name.")
+    parser.add_argument(
+        "--network", help="Publish this network too, as the model NAME-network: `default`, a folder or a Hub id."
+    )
+    parser.add_argument(
+        "--model", type=Path, help="Publish a trained model too, as the model NAME-model: the --output_dir of its run."
+    )
+    parser.add_argument("--private", action="store_true", help="Make new repositories private.")
+    parser.add_argument("--overwrite", action="store_true", help="Publish into repositories that are there already.")
+    options = parser.parse_args(arguments)
+    hub.check_repo_id("repo", options.repo)
+    with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
+        uploads = _result_uploads(options.results_dir, options.repo, options.space)
+        if options.network is not None:
+            name, folder = f"{options.repo}-network", Path(scratch)
+            network = load_network(options.network, ALRSConfig().hidden_sizes, seed=0)
+            network.save_pretrained(folder, model_card_kwargs={"network": name})
+            uploads.append(hub.Upload("model", name, {path.name: path for path in folder.iterdir()}))
+        if options.model is not None:
+            files = cards.model_files(options.model)
+            if "config.json" not in files or cards.CARD_FILE not in files:
+                raise InputError(
+                    "model", str(options.model), "holds no trained model with its card.", "Give the folder of a run."
+                )
+            uploads.append(hub.Upload("model", f"{options.repo}-model", files))
+        addresses = hub.publish(uploads, "repo", options.overwrite, options.private or None)
+    for upload, address in zip(uploads, addresses, strict=True):
+        print(f"{upload.repo_type.capitalize()}: {address}")
+
+
+def _result_uploads(folder: Path, repo_id: str, space: bool) -> list[hub.Upload]:
+    """The dataset of a folder of results, and the Space of its report; a missing report is built first."""
+    runs = load_runs([folder])
+    report = folder / "report.html"
+    if not report.is_file() or not (folder / REPORT_FILE).is_file():
+        build_report(folder)
+    again = f"Build it anew with `hf-alrs report {folder}`."
+    try:
+        summary = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        card = cards.results_card(repo_id, summary, space).encode()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError("results_dir", str(folder), f"its {REPORT_FILE} is no report ({error!r}).", again) from error
+    if summary["plan"]["num_runs"] != len(runs):
+        raise InputError(
+            "results_dir",
+            str(folder),
+            f"holds {len(runs)} runs and a report of {summary['plan']['num_runs']}.",
+            again,
+        )
+    kept = [run.path for run in runs] + [folder / name for name in (REPORT_FILE, "report.md", "report.html")]
+    kept += sorted((folder / "plots").glob("*.svg"))
+    files: dict[str, Path | bytes] = {
+        f"results/{path.relative_to(folder).as_posix()}": path for path in kept if path.is_file()
+    }
+    rows = cards.result_rows({run.path.name: run.record for run in runs})
+    files[cards.RUNS_FILE] = cards.parquet_bytes(rows)
+    files[cards.CARD_FILE] = card
+    uploads = [hub.Upload("dataset", repo_id, files, replaces=("results/", "data/"))]
+    if space:
+        title = f"Learning-rate schedulers on {', '.join(summary['tasks'])}"
+        page = {"index.html": report, cards.CARD_FILE: cards.space_card(repo_id, title).encode()}
+        uploads.append(hub.Upload("space", repo_id, page))
+    return uploads
+
+
+def _command_pull(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hf-alrs pull", description="Fetch results that `hf-alrs publish` made, and the report of them."
+    )
+    parser.add_argument("repo", help="user/name of the dataset.")
+    parser.add_argument("--output_dir", type=Path, default=None, help="Default: outputs/hub/user/name.")
+    parser.add_argument("--revision", default=None, help="Branch, tag or commit; the newest by default.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace files here that differ.")
+    options = parser.parse_args(arguments)
+    hub.check_repo_id("repo", options.repo)
+    output_dir = options.output_dir or Path("outputs", "hub", *options.repo.split("/"))
+    with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
+        names = hub.download(options.repo, "dataset", "results", Path(scratch), _RESULT_NAMES, options.revision)
+        runs = load_runs([Path(scratch)])  # what is no result stays outside
+        contents = {name: (Path(scratch) / name).read_bytes() for name in names}
+    differing = [
+        name
+        for name, content in contents.items()
+        if (output_dir / name).exists() and (output_dir / name).read_bytes() != content
+    ]
+    if differing and not options.overwrite:
+        raise InputError(
+            "output_dir",
+            str(output_dir),
+            f"holds {len(differing)} file(s) that differ from those on the Hub, such as {differing[0]}.",
+            "Give another folder, or --overwrite to replace them.",
+        )
+    for name, content in contents.items():
+        path = output_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.tmp")
+        partial.write_bytes(content)
+        partial.replace(path)
+    print(f"{len(runs)} runs: {output_dir}")
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_command_train, "train one task"),
     "compare": (_command_compare, "compare schedulers on a task and build the report"),
     "tasks": (_command_tasks, "list the installed tasks"),
-    "report": (_command_report, "build the report of stored runs"),
+    "report": (_command_report, "build the report of stored runs, of several people too"),
+    "publish": (_command_publish, "publish the results of a comparison on the Hub"),
+    "pull": (_command_pull, "fetch published results from the Hub"),
     "meta-train": (_command_meta_train, "train the network on a population of small tasks"),
 }
 

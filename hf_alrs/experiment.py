@@ -139,7 +139,7 @@ class NamedSchedulerTrainer(Trainer):
             optimizer = optimizer if optimizer is not None else self.optimizer
             self._created_lr_scheduler = True
             if self.baseline.scheduler == "range_test":
-                self.lr_scheduler = RangeTestScheduler(optimizer, num_training_steps)
+                self.lr_scheduler = RangeTestScheduler(optimizer, num_training_steps, model=self.model)
                 return self.lr_scheduler
             warmup, kwargs = scheduler_kwargs(self.baseline, num_training_steps)
             self.lr_scheduler = get_scheduler(

@@ -15,8 +15,10 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,18 +26,24 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
+from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
 from .experiment import HELD_OUT, DataArguments, PreparedTask, Task, build_trainer, find_baseline
+from .report import read_result
 from .scheduler import ALRSScheduler
 
 
@@ -45,6 +53,8 @@ _EVAL_PREFIX = f"eval_{HELD_OUT}_"
 # What an evaluation dictionary says about the machine or the Trainer, not about the model
 _NOT_SCORES = ("model_preparation_time",)
 _DIVERGED_LOSS = 1e3
+# Arguments that say where a cell wrote and not how it trained
+_OF_THE_MACHINE = ("output_dir", "logging_dir", "run_name", "local_rank")
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,13 @@ class RunSpec:
 
     @property
     def file_name(self) -> str:
-        return f"{self.task}--{self.scheduler}--lr{self.learning_rate:g}--seed{self.seed}.json"
+        # A name may hold a slash, and its file lies in the folder of results all the same.
+        task, scheduler = (quote(name, safe="") for name in (self.task, self.scheduler))
+        return f"{task}--{scheduler}--lr{self.learning_rate:g}--seed{self.seed}.json"
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,9 @@ class Experiment:
         arguments (`dict`): Arguments of `TrainingArguments`; rate, seed and output folder are the cell's.
         alrs_config (`ALRSConfig`): For ALRS; ablations change it.
         num_evaluations (`int`, *optional*): Evaluations spread over a run; the arguments' `eval_strategy` by default.
+        launcher (`str`, *optional*): Command that starts the processes of one cell, such as
+            `"accelerate launch --num_processes 2"`; by default a cell runs in the process that takes it.
+        command (`str`): What the user typed, for the records; workers have another command line.
     """
 
     task: Task
@@ -79,6 +98,8 @@ class Experiment:
     arguments: dict[str, Any]
     alrs_config: ALRSConfig
     num_evaluations: int | None = None
+    launcher: str | None = None
+    command: str = field(default_factory=_command)
 
 
 def build_matrix(
@@ -105,9 +126,13 @@ class _Recorder(TrainerCallback):
         self.rate = math.nan
         self.clock = 0.0  # training seconds before `started`
         self.started = 0.0
+        self.training = False
+        self.eval_seconds = 0.0
+        self.accelerator: Any = None
 
     def attach(self, trainer: Trainer) -> None:
         """Wraps the two methods of a trainer that see the loss and the gradient norm."""
+        self.accelerator = trainer.accelerator
         training_step, get_grad_norm, evaluate = trainer.training_step, trainer._get_grad_norm, trainer.evaluate
 
         def recorded_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -119,7 +144,8 @@ class _Recorder(TrainerCallback):
 
         def recorded_norm(*args: Any, **kwargs: Any) -> Any:
             self.norm = get_grad_norm(*args, **kwargs)
-            self.rate = float(trainer.optimizer.param_groups[0]["lr"])
+            group = trainer.optimizer.param_groups[0]
+            self.rate = float(group["lr"]) * float(group.get("d", 1.0))  # Prodigy's own estimate scales the rate
             return self.norm
 
         def timed_evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
@@ -127,17 +153,21 @@ class _Recorder(TrainerCallback):
             try:
                 return evaluate(*args, **kwargs)
             finally:
+                self.eval_seconds += time.perf_counter() - self.started
                 self.started = time.perf_counter()
 
         trainer.training_step, trainer._get_grad_norm, trainer.evaluate = recorded_step, recorded_norm, timed_evaluate
         trainer.add_callback(self)
 
     def pause(self) -> None:
-        self.clock += time.perf_counter() - self.started
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # steps that are still under way belong to training
+        if self.training:
+            self.clock += time.perf_counter() - self.started
         self.started = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock, self.started = 0.0, time.perf_counter()
+        self.training, self.started = True, time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.losses.append(self.loss)
@@ -166,6 +196,13 @@ class _Recorder(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.pause()
+        self.training = False
+
+    def average_over_processes(self) -> None:
+        """The loss of a step is that of all processes; each has seen its own share of the batch."""
+        if self.losses and self.accelerator.num_processes > 1:
+            losses = self.accelerator.reduce(torch.stack([loss.float() for loss in self.losses]), reduction="mean")
+            self.losses = list(losses.cpu())
 
     def history(self) -> dict[str, Any]:
         return {
@@ -220,82 +257,100 @@ def run_cell(
         on_step (`Callable[[int, int, float], None]`, *optional*): Told step, steps in all, and loss now and then.
     """
     recorder = _Recorder(on_step)
-    record: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "spec": asdict(spec),
-        "status": "completed",
-        "error": None,
-        "config": {
-            "data": asdict(experiment.data),
-            "training": dict(experiment.arguments),
-            "alrs": experiment.alrs_config.to_dict(),
-        },
-        "environment": environment(),
-        "source": prepared.source,
-        "num_training_steps": 1,
-        "steps_per_epoch": 1,
-        "splits": split_sizes(prepared),
-        "higher_is_better_metric": prepared.metric_for_best,
-        "results": None,
-        "benchmark_results": None,
-        "initial_state_hash": "",
-    }
+    record = _blank_record(experiment, spec, prepared)
     start = time.perf_counter()
+    reset_peak_memory()
     trainer: Trainer | None = None
-    before = after = 0.0
     with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
         try:
             args = cell_arguments(experiment, spec, prepared, scratch)
             set_seed(spec.seed)
             model = prepared.model_init()
             record["initial_state_hash"] = hash_tensors(model.state_dict())
-            trainer = build_trainer(prepared, model, args, spec.scheduler, experiment.alrs_config)
+            # The controller's own chance (a random network, the order of its batches) varies with the seed as well
+            config = replace(experiment.alrs_config, seed=spec.seed)
+            trainer = build_trainer(prepared, model, args, spec.scheduler, config)
             # The matrix has a progress of its own
             trainer.remove_callback(PrinterCallback)
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                    folder = Path(experiment.arguments.get("output_dir", scratch))
+                    callback.logging_dir = str(folder / "runs" / Path(spec.file_name).stem)
             if isinstance(trainer, ALRSTrainer):
                 trainer.alrs_callback.write_history = False
+                record["config"]["alrs"] = trainer.alrs_config.to_dict()
             record["config"]["model"] = type(model).__name__
             # An optimizer of the baseline's own is none that `args.optim` can name
             optimizer = find_baseline(spec.scheduler).optimizer
             optim = optimizer if optimizer == "prodigy" else OptimizerNames(args.optim).value
-            record["config"]["training"] |= {"optim": optim, "eval_steps": args.eval_steps}
-            before = time.perf_counter()
+            training = {key: value for key, value in args.to_dict().items() if key not in _OF_THE_MACHINE}
+            record["config"]["training"] = training | {"optim": optim, "num_processes": args.world_size}
+            recorder.attach(trainer)
             record["benchmark_results"] = _scores(trainer.evaluate(prepared.eval_dataset))
             record["benchmark_results"].pop("epoch", None)
-            before = time.perf_counter() - before
-            recorder.attach(trainer)
             trainer.train()
-            after = time.perf_counter()
             record["results"] = _scores(trainer.evaluate(prepared.eval_dataset)) | {"epoch": trainer.state.epoch}
-            after = time.perf_counter() - after
+            recorder.average_over_processes()
         except Exception as error:
             record["status"] = "failed"
             record["error"] = f"{type(error).__name__}: {error}"
             traceback.print_exc(file=sys.stderr)
+        finally:
+            for name in ("wandb", "trackio"):  # else the next cell would go on in this one's run
+                if trainer is not None and name in trainer.args.report_to and name in sys.modules:
+                    with suppress(Exception):
+                        sys.modules[name].finish()
     history = recorder.history()
     if trainer is not None:
         record["num_training_steps"] = max(1, trainer.state.max_steps)
-        record["steps_per_epoch"] = max(1, round(trainer.state.max_steps / max(1, trainer.state.num_train_epochs)))
+        record["steps_per_epoch"] = steps_per_epoch(args, prepared)
         if isinstance(trainer.lr_scheduler, ALRSScheduler):
             history["phase"] = trainer.alrs_callback.phases
+            record["timing"]["controller_seconds"] = trainer.lr_scheduler.seconds
     loss = record["results"]["eval_loss"] if record["results"] else math.nan
     if record["status"] == "completed" and not (math.isfinite(loss) and loss < _DIVERGED_LOSS):
         record["status"], record["error"] = "diverged", f"the final eval_loss is {loss}"
-    record |= {
+    record["timing"] |= {
+        "train_seconds": recorder.clock,
+        "eval_seconds": recorder.eval_seconds,
+        "total_seconds": time.perf_counter() - start,
+    }
+    return record | {
         "history": history,
         "evaluations": recorder.evaluations,
-        "timing": {
-            "train_seconds": recorder.clock,
-            "eval_seconds": max(0.0, time.perf_counter() - start - recorder.clock),
-            "controller_seconds": trainer.lr_scheduler.seconds
-            if trainer is not None and isinstance(trainer.lr_scheduler, ALRSScheduler)
-            else 0.0,
-            "total_seconds": time.perf_counter() - start,
-        },
         "peak_memory_bytes": peak_memory_bytes(),
         "first_batch_hash": recorder.first_batch or "",
     }
-    return record
+
+
+def _blank_record(experiment: Experiment, spec: RunSpec, prepared: PreparedTask) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "spec": asdict(spec),
+        "status": "completed",
+        "error": None,
+        "config": {"data": asdict(experiment.data), "training": dict(experiment.arguments), "alrs": None},
+        "environment": {**environment(), "command": experiment.command},
+        "source": prepared.source,
+        "num_training_steps": 1,
+        "steps_per_epoch": 1,
+        "splits": split_sizes(prepared),
+        "higher_is_better_metric": prepared.metric_for_best,
+        "history": _Recorder(None).history(),
+        "evaluations": [],
+        "results": None,
+        "benchmark_results": None,
+        "timing": dict.fromkeys(("train_seconds", "eval_seconds", "controller_seconds", "total_seconds"), 0.0),
+        "peak_memory_bytes": None,
+        "initial_state_hash": "",
+        "first_batch_hash": "",
+    }
+
+
+def crashed_record(experiment: Experiment, spec: RunSpec, error: str) -> dict[str, Any]:
+    """The record of a cell whose process ended before it could write one."""
+    record = _blank_record(experiment, spec, experiment.task.prepare(experiment.data))
+    return record | {"status": "failed", "error": error}
 
 
 def _scores(metrics: dict[str, float]) -> dict[str, float]:
@@ -305,6 +360,8 @@ def _scores(metrics: dict[str, float]) -> dict[str, float]:
 def cell_arguments(experiment: Experiment, spec: RunSpec, prepared: PreparedTask, folder: str) -> TrainingArguments:
     """The `TrainingArguments` of a cell."""
     values = dict(experiment.arguments)
+    report_to = values.get("report_to") or "none"
+    report_to = "none" if report_to in ([], ["none"]) else report_to
     values |= {
         "output_dir": folder,
         "learning_rate": spec.learning_rate,
@@ -312,19 +369,26 @@ def cell_arguments(experiment: Experiment, spec: RunSpec, prepared: PreparedTask
         "save_strategy": "no",
         "load_best_model_at_end": False,
         "disable_tqdm": True,
-        "logging_strategy": "no",
-        "report_to": values.get("report_to") or "none",
+        "logging_strategy": values.get("logging_strategy", "steps") if report_to != "none" else "no",
+        "report_to": report_to,
+        "run_name": Path(spec.file_name).stem,
         "push_to_hub": False,
     }
     args = TrainingArguments(**values)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     if experiment.num_evaluations:
-        per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        steps = math.ceil(len(prepared.train_dataset) / per_step)
-        total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
+        steps = args.num_train_epochs * steps_per_epoch(args, prepared)
+        total = args.max_steps if args.max_steps > 0 else math.ceil(steps)
         args.eval_strategy = IntervalStrategy.STEPS
         args.eval_steps = max(1, total // experiment.num_evaluations)
     return args
+
+
+def steps_per_epoch(args: TrainingArguments, prepared: PreparedTask) -> int:
+    """Optimizer steps in an epoch."""
+    batches = len(prepared.train_dataset) / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def split_sizes(prepared: PreparedTask) -> dict[str, int]:
@@ -352,7 +416,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "platform": platform.platform(),
         "num_threads": torch.get_num_threads(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
     }
 
 
@@ -364,17 +428,31 @@ def _commit() -> str | None:
         return None
 
 
+def reset_peak_memory() -> None:
+    """Forgets the peak of what ran in this process before, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """Peak memory: of the GPU where there is one (since the process began), else of the process."""
+    """Peak memory since [`reset_peak_memory`]: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Writes a record so that the file is there whole or not at all, also when the process is killed."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(strict_json(record), allow_nan=False, default=str))
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x") as file:
+        file.write(json.dumps(strict_json(record), allow_nan=False, default=str))
     temporary.replace(path)
 
 
@@ -421,7 +499,7 @@ def run_matrix(
         write_record(record, output_dir / spec.file_name)
         if on_done is not None:
             on_done(spec, record["status"])
-    statuses = [json.loads((output_dir / spec.file_name).read_text())["status"] for spec in specs]
+    statuses = [read_result(output_dir / spec.file_name)["status"] for spec in specs]
     return statuses.count("failed")
 
 
@@ -433,10 +511,38 @@ def _serial_records(
     specs: Sequence[RunSpec],
     on_step: Callable[[RunSpec, int, int, float | None], None] | None,
 ) -> _Records:
-    prepared = experiment.task.prepare(experiment.data) if specs else None
+    prepared = experiment.task.prepare(experiment.data) if specs and not experiment.launcher else None
     for spec in specs:
         step = None if on_step is None else functools.partial(on_step, spec)
-        yield spec, run_cell(experiment, spec, prepared, step)
+        yield spec, run_cell(experiment, spec, prepared, step) if prepared else _launch_cell(experiment, spec)
+
+
+def _launch_cell(experiment: Experiment, spec: RunSpec) -> dict[str, Any]:
+    """Runs a cell under the experiment's launcher, which starts `python -m hf_alrs.matrix` in several processes."""
+    with tempfile.TemporaryDirectory(prefix="hf-alrs-") as folder:
+        cell, record = Path(folder) / "cell.pkl", Path(folder) / "record.json"
+        cell.write_bytes(pickle.dumps((experiment, spec)))
+        command = [*shlex.split(experiment.launcher), "-m", "hf_alrs.matrix", str(cell), str(record)]
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=False).returncode
+        if record.exists():
+            return json.loads(record.read_text())
+        return crashed_record(experiment, spec, f"{experiment.launcher!r} ended with code {code} and no result")
+
+
+def _launched(cell: Path, record: Path) -> None:
+    """What each process of a launched cell does."""
+    experiment, spec = pickle.loads(cell.read_bytes())
+    state = PartialState()
+    with state.main_process_first():
+        prepared = experiment.task.prepare(experiment.data)
+    outcome = run_cell(experiment, spec, prepared)
+    # A process that failed alone must not leave the others waiting for it: the launcher ends them.
+    if state.is_main_process or outcome["status"] == "failed":
+        write_record(outcome, record)
+    if outcome["status"] == "failed":
+        os._exit(1)
+    state.destroy_process_group()
 
 
 # Data that a worker process has prepared, so that it does so once for all its cells
@@ -445,6 +551,8 @@ _prepared: dict[str, PreparedTask] = {}
 
 def _run_in_worker(experiment: Experiment, spec: RunSpec, num_threads: int, gpu: int | None) -> dict[str, Any]:
     torch.set_num_threads(num_threads)
+    if experiment.launcher:
+        return _launch_cell(experiment, spec)
     if gpu is not None:
         torch.cuda.set_device(gpu)
     key = f"{experiment.task.name} {experiment.data}"
@@ -457,13 +565,27 @@ def _parallel_records(experiment: Experiment, specs: Sequence[RunSpec], num_jobs
     threads = max(1, torch.get_num_threads() // num_jobs)
     gpus = torch.cuda.device_count()
     context = multiprocessing.get_context("spawn")
+    unfinished: list[RunSpec] = []
     with ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
         futures = {
             pool.submit(_run_in_worker, experiment, spec, threads, index % gpus if gpus > 1 else None): spec
             for index, spec in enumerate(specs)
         }
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            try:
+                record = future.result()
+            except BrokenProcessPool:
+                unfinished.append(futures[future])
+            else:
+                yield futures[future], record
+    # A process that is killed takes the whole pool with it, and its cell is not known: each gets a pool of its own.
+    for spec in unfinished:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                record = pool.submit(_run_in_worker, experiment, spec, threads, 0 if gpus > 1 else None).result()
+            except BrokenProcessPool:
+                record = crashed_record(experiment, spec, "the process of the run was killed, as for lack of memory")
+        yield spec, record
 
 
 def _ray_records(experiment: Experiment, specs: Sequence[RunSpec]) -> _Records:
@@ -476,9 +598,20 @@ def _ray_records(experiment: Experiment, specs: Sequence[RunSpec]) -> _Records:
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    remote = ray.remote(num_cpus=1, num_gpus=gpus)(_run_in_worker)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_run_in_worker)
     pending = {remote.remote(experiment, spec, 1, None): spec for spec in specs}
     while pending:
         done, _ = ray.wait(list(pending))
         for reference in done:
-            yield pending.pop(reference), ray.get(reference)
+            spec = pending.pop(reference)
+            try:
+                record = ray.get(reference)
+            except ray.exceptions.RayTaskError:
+                raise  # the data could not be prepared: no cell can run
+            except ray.exceptions.RayError as error:
+                record = crashed_record(experiment, spec, f"{type(error).__name__}: the worker of the run was lost")
+            yield spec, record
+
+
+if __name__ == "__main__":
+    _launched(Path(sys.argv[1]), Path(sys.argv[2]))

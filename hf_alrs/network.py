@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
 from .config import InputError
 from .features import FEATURE_NAMES, FEATURE_VERSION
+from .hub import fetch_text, hub_errors, prepare_repo
 
 
 WEIGHTS_DIR = Path(__file__).parent / "weights"
@@ -22,6 +25,7 @@ WEIGHTS_DIR = Path(__file__).parent / "weights"
 _OUTPUT_SCALE = 6.0
 
 
+_CARD_NAME = "README.md"
 _CARD = """---
 {{ card_data }}
 ---
@@ -34,8 +38,10 @@ It reads scale-free features of a training run and predicts ln(best peak rate / 
 ```python
 from hf_alrs import ALRSCallback, ALRSConfig
 
-callback = ALRSCallback(ALRSConfig(network="this repository or folder"))
+callback = ALRSCallback(ALRSConfig(network="{{ network | default("the folder of this card", true) }}"))
 ```
+
+`--network` of the run scripts takes the same name. {{ architecture }}
 
 ## Training
 
@@ -47,8 +53,9 @@ callback = ALRSCallback(ALRSConfig(network="this repository or folder"))
 
 ## Limits
 
-It was trained on small models and short runs; a linear decay to zero is part of the rate that it drives. It fits the
-version of the features in `config.json` alone.
+It was trained on small models and short runs, and on longer ones its rate may stay too high for too long. The number of
+steps of a run must be known in advance: a linear decay to zero is part of the rate that it drives. It fits the version
+of the features in `config.json` alone.
 """
 
 
@@ -97,11 +104,84 @@ class MetaLRNetwork(
             if i < len(sizes) - 2:
                 layers.append(nn.ReLU())
         self.layers = nn.Sequential(*layers)
+        # What the card of the loaded network said, and of which weights
+        self._described: dict[str, str] = {}
+        self._described_weights = ""
 
     @classmethod
-    def _from_pretrained(cls, **kwargs: Any) -> MetaLRNetwork:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MetaLRNetwork:
+        """
+        Loads a network from a folder or from the Hub; `kwargs` are those of `PyTorchModelHubMixin.from_pretrained`.
+
+        Raises:
+            `InputError`: If the Hub refuses or cannot be reached, or the weights were trained on other features.
+        """
+        with hub_errors("network", str(pretrained_model_name_or_path), "network"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs: Any) -> MetaLRNetwork:
+        options = {name: kwargs.get(name) for name in ("revision", "cache_dir", "local_files_only", "token")}
+        is_folder = Path(model_id).is_dir()
+        if "feature_version" not in kwargs:  # what `config.json` should have given
+            if not is_folder:
+                fetch_text(model_id, "config.json", **options)  # the mixin does not say why it could not read it
+            raise InputError(
+                "network",
+                model_id,
+                "has no config.json that says which features it was trained on.",
+                "Save it with `save_pretrained`, or take another network.",
+            )
         with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
-            return super()._from_pretrained(**kwargs)
+            network = super()._from_pretrained(model_id=model_id, **kwargs)
+        if is_folder:
+            card = Path(model_id) / _CARD_NAME
+            text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        else:
+            text = fetch_text(model_id, _CARD_NAME, missing="", **options)
+        network._described = _card_sections(text)
+        network._described_weights = network._fingerprint()
+        return network
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """
+        Publishes weights, config and card; the card says under which name others load them.
+
+        Args:
+            repo_id (`str`): `user/name`, or a name alone for the namespace of the one who is logged in.
+            kwargs: Those of `PyTorchModelHubMixin.push_to_hub`; `model_card_kwargs` may hold `training` and `measured`.
+
+        Returns:
+            `str`: Address of the commit.
+
+        Raises:
+            `InputError`: If the Hub refuses or cannot be reached.
+        """
+        repo_id = prepare_repo("repo_id", repo_id, kwargs.get("private"), kwargs.get("token"))
+        card = {"network": repo_id} | (kwargs.pop("model_card_kwargs", None) or {})
+        with hub_errors("repo_id", repo_id):
+            return super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
+
+    def generate_model_card(self, **kwargs: Any) -> ModelCard:
+        """The card; a network that was loaded keeps what its card said, as long as its weights are the same."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        sizes = "-".join(map(str, (self.layers[0].in_features, *self.hidden_sizes, 1)))
+        told = {"architecture": f"Layers: {sizes}, {count:,} weights; version {FEATURE_VERSION} of the features."}
+        if self._described and self._fingerprint() == self._described_weights:
+            told |= self._described
+        elif self._described:
+            told["training"] = (
+                "Trained further by the one who saved it. It began as a network of which its card said: "
+                + self._described.get("training", "nothing.")
+            )
+        return super().generate_model_card(**told | kwargs)
+
+    def _fingerprint(self) -> str:
+        """SHA-256 over the weights."""
+        digest = hashlib.sha256()
+        for parameter in self.parameters():
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -116,6 +196,16 @@ class MetaLRNetwork(
     def correction(self, features: torch.Tensor) -> torch.Tensor:
         """`forward`, with values past +-6 saturating softly: 6 tanh(output / 6)."""
         return _OUTPUT_SCALE * torch.tanh(self(features) / _OUTPUT_SCALE)
+
+
+def _card_sections(text: str) -> dict[str, str]:
+    """What a card of ours says under the two headings that are not the same for every network."""
+    sections = {}
+    for heading in ("Training", "Measured"):
+        found = re.search(rf"^## {heading}\n+(.+?)\s*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        if found and not found[1].startswith("Not "):
+            sections[heading.lower()] = found[1]
+    return sections
 
 
 def load_network(name: str, hidden_sizes: Sequence[int], seed: int) -> MetaLRNetwork:
@@ -145,16 +235,19 @@ def load_network(name: str, hidden_sizes: Sequence[int], seed: int) -> MetaLRNet
                 "Take one of these, or set network='scratch', or train one with `hf-alrs meta-train`.",
             )
         return _from_pretrained(str(folder))
+    remedy = "Give 'default', 'scratch', a folder with config.json and model.safetensors, or a Hub id: user/name."
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise InputError("network", name, "is no folder here and no name on the Hub.", remedy)
     try:
         return _from_pretrained(name)
     except InputError:
         raise
-    except Exception as error:  # the Hub client raises many types: all mean that there is no network to use
+    except Exception as error:  # files that are no network raise many types
         raise InputError(
             "network",
             name,
             f"no network could be loaded from there ({type(error).__name__}: {error}).",
-            "Give 'default', 'scratch', a folder with config.json and model.safetensors, or a Hub id.",
+            remedy,
         ) from error
 
 

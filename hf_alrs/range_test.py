@@ -36,8 +36,10 @@ class RangeTestScheduler(LRScheduler):
     Args:
         optimizer (`torch.optim.Optimizer`): The optimizer; all groups get the same rate.
         num_training_steps (`int`): Length of the run, test included.
-        test_share (`float`, *optional*, defaults to 0.1): Share of the run that the test takes, at least 20 steps.
+        test_share (`float`, *optional*, defaults to 0.1): Share of the run that the test takes, at least 20 steps and at
+            most half of the run.
         lowest, highest (`float`, *optional*, defaults to 1e-7 and 1.0): Ends of the test.
+        model (`torch.nn.Module`, *optional*): Whose buffers (the averages of batch norm) go back as well.
     """
 
     def __init__(
@@ -47,14 +49,16 @@ class RangeTestScheduler(LRScheduler):
         test_share: float = 0.1,
         lowest: float = 1e-7,
         highest: float = 1.0,
+        model: torch.nn.Module | None = None,
     ):
         self.num_training_steps = num_training_steps
-        self.num_test_steps = min(num_training_steps, max(20, int(test_share * num_training_steps)))
+        self.num_test_steps = min(max(1, num_training_steps // 2), max(20, int(test_share * num_training_steps)))
         self.test_rates = np.geomspace(lowest, highest, self.num_test_steps)
         self.rate = 0.0
         self._losses: list[torch.Tensor] = []
         self._step_loss: torch.Tensor | None = None
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters += [] if model is None else list(model.buffers())
         self._initial: list[torch.Tensor] | None = [p.detach().clone() for p in self._parameters]
         super().__init__(optimizer)
 
@@ -79,8 +83,10 @@ class RangeTestScheduler(LRScheduler):
 
     @torch.no_grad()
     def _end_test(self) -> None:
-        losses = torch.stack([loss.float() for loss in self._losses]).cpu().numpy()
-        self.rate = suggested_rate(self.test_rates, losses)
+        losses = torch.stack([loss.float() for loss in self._losses])
+        if torch.distributed.is_initialized():  # each process has its own share of the loss, and all need one rate
+            torch.distributed.all_reduce(losses)
+        self.rate = suggested_rate(self.test_rates, losses.cpu().numpy())
         for parameter, initial in zip(self._parameters, self._initial, strict=True):
             parameter.copy_(initial)
         inner: Any = self.optimizer

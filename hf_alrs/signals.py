@@ -3,6 +3,10 @@ Inner products of gradients, updates and weights, measured on a strided subsampl
 
 Only the step before a decision and the step of the decision are looked at; on all other steps nothing is read. A tensor
 gives an equal share of `max_size` coordinates, scaled so that inner products are unbiased.
+
+Parameters that are sharded over processes (`DTensor`, as FSDP2 and tensor parallelism make them) are read at the same
+coordinates as whole ones: each process gives those that it holds, and one exchange of at most `max_size` numbers puts
+them together, so that every process has the signals of the whole model.
 """
 
 from __future__ import annotations
@@ -16,6 +20,11 @@ import torch
 from .features import SIGNALS
 
 
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+else:
+    DTensor = Replicate = Shard = None
+
 # Fewer coordinates of a tensor make its norm too noisy.
 _MIN_SHARE = 1024
 
@@ -26,6 +35,61 @@ def _stride(parameter: torch.Tensor, share: int) -> int:
     while math.gcd(stride, parameter.shape[-1] if parameter.dim() else 1) > 1:
         stride += 1
     return stride
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+class _LocalPart:
+    """
+    Which of the coordinates 0, stride, 2 stride, ... of a sharded parameter this process holds.
+
+    Where several processes hold the same coordinate, the first of them counts. Placements whose local coordinates are no
+    block of the whole (FSDP2 and tensor parallelism on one dimension) are read from the assembled tensor instead.
+
+    Args:
+        parameter (`DTensor`): The parameter.
+        stride (`int`): Distance of the coordinates in the flattened whole tensor.
+    """
+
+    def __init__(self, parameter: torch.Tensor, stride: int):
+        mesh, self.placements, self.stride = parameter.device_mesh, parameter.placements, stride
+        self.size = len(range(0, parameter.numel(), stride))
+        self.assembled = any(type(placement) not in (Shard, Replicate) for placement in self.placements)
+        if self.assembled:
+            return
+        first, length = [0] * parameter.dim(), list(parameter.shape)
+        counts = True
+        for placement, parts, rank in zip(self.placements, mesh.shape, mesh.get_coordinate(), strict=True):
+            if isinstance(placement, Shard):  # as torch.chunk divides: the last parts may be smaller, or empty
+                size = -(-length[placement.dim] // parts)
+                start = min(rank * size, length[placement.dim])
+                first[placement.dim] += start
+                length[placement.dim] = min(size, length[placement.dim] - start)
+            else:
+                counts &= rank == 0
+        coordinates = torch.arange(0, parameter.numel(), stride)
+        held = torch.full_like(coordinates, counts, dtype=torch.bool)
+        local = torch.zeros_like(coordinates)
+        below = parameter.numel()
+        for size, begin, n in zip(parameter.shape, first, length, strict=True):
+            below //= size
+            place = coordinates // below % size - begin
+            held &= (place >= 0) & (place < n)
+            local = local * n + place
+        self.held = held.nonzero()[:, 0].to(parameter.device)
+        self.local = local[held].to(parameter.device)
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This process's share of the coordinates, zero where another one has them."""
+        if self.assembled:
+            whole = tensor.full_tensor().reshape(-1)[:: self.stride]
+            return whole if torch.distributed.get_rank() == 0 else torch.zeros_like(whole)
+        if tensor.placements != self.placements:
+            tensor = tensor.redistribute(placements=self.placements)
+        part = tensor.to_local().reshape(-1)
+        return part.new_zeros(self.size).index_copy_(0, self.held, part[self.local])
 
 
 class SignalRecorder:
@@ -51,7 +115,12 @@ class SignalRecorder:
         self._sizes = torch.tensor(sizes, device=self.device)
         matrices = [i for i, p in enumerate(self.parameters) if p.dim() > 1]
         self._matrices = torch.tensor(matrices, dtype=torch.long, device=self.device)
-        widths = [0.5 * math.log(min(p.shape[0], p[0].numel())) for p in self.parameters if p.dim() > 1]
+        # Of sharded parameters alone; the others are whole on every process
+        self._parts = [
+            _LocalPart(p, stride) if _is_sharded(p) else None
+            for p, stride in zip(self.parameters, self._strides, strict=True)
+        ]
+        widths = [0.5 * math.log(min(p.shape[0], p.numel() // p.shape[0])) for p in self.parameters if p.dim() > 1]
         self._constants = {
             "matrix_width": sum(widths) / len(widths) if widths else 0.0,
             "matrix_count": math.log(max(len(matrices), 1)),
@@ -64,8 +133,24 @@ class SignalRecorder:
         self._displacement: torch.Tensor | None = None  # between the last two decisions
 
     def _gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if any(self._parts):
+            return self._gather_sharded(tensors).mul_(self._scale)
         parts = [t.detach().reshape(-1)[::stride] for t, stride in zip(tensors, self._strides, strict=True)]
         return torch.cat([part.to(self.device, torch.float32) for part in parts]).mul_(self._scale)
+
+    def _gather_sharded(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        first = torch.distributed.get_rank() == 0
+        shares = []
+        for tensor, part, stride in zip(tensors, self._parts, self._strides, strict=True):
+            if part is None:
+                share = tensor.detach().reshape(-1)[::stride]
+                share = share if first else torch.zeros_like(share)
+            else:
+                share = part.read(tensor.detach())
+            shares.append(share.to(self.device, torch.float32))
+        values = torch.cat(shares)
+        torch.distributed.all_reduce(values)
+        return values
 
     def _gradients(self) -> torch.Tensor:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import hub  # noqa: F401 a fixture
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -19,6 +20,44 @@ from hf_alrs.features import SIGNALS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# The table of fault and equivalence cases: `pytest -m reliability` ends with it.
+
+_ROWS = pytest.StashKey[dict[str, list[str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_ROWS] = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Notes the outcome of each test that is marked `reliability("what it shows")`."""
+    outcome = yield
+    report = outcome.get_result()
+    marker = item.get_closest_marker("reliability")
+    if marker is None or not (report.when == "call" or report.outcome != "passed"):
+        return
+    case = marker.args[0] if marker.args else item.originalname.removeprefix("test_").replace("_", " ")
+    said = report.outcome
+    if hasattr(report, "wasxfail"):
+        said = "known failure" if report.skipped else "unexpectedly passed"
+    item.config.stash[_ROWS].setdefault(case, []).append(said)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Prints `case | outcome` for the marked tests, where they were asked for by their mark."""
+    rows = config.stash[_ROWS]
+    if not rows or "reliability" not in (config.getoption("-m") or ""):
+        return
+    width = max(map(len, rows))
+    terminalreporter.section("reliability")
+    terminalreporter.write_line(f"{'case':{width}} | outcome")
+    terminalreporter.write_line(f"{'-' * width}-|--------")
+    for case, outcomes in rows.items():
+        counts = [f"{outcomes.count(kind)} {kind}" for kind in dict.fromkeys(outcomes)]
+        terminalreporter.write_line(f"{case:{width}} | {', '.join(counts)}")
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,11 @@ PACKAGE = ROOT / "hf_alrs"
 # Who may be imported by whom: a room imports from rows above its own alone. A new room needs a row.
 ROWS = (
     ("config", "features", "guard", "metrics", "statistics", "baselines", "range_test"),
+    ("hub",),
     ("network", "signals"),
     ("controller",),
     ("scheduler", "meta_training", "report"),
-    ("callback",),
+    ("callback", "cards"),
     ("experiment",),
     ("matrix",),
     ("cli",),

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import InputError
 from .data import make_data
 from .population import GRID_SIZE, Population
 from .spec import TaskSpec, sample_spec
@@ -126,9 +128,49 @@ def save_group(group: Group, path: Path) -> None:
     temporary.replace(path)
 
 
+def load_stored(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """
+    Reads what this package saved with `torch.save`, tensors and plain values alone.
+
+    Args:
+        path (`Path`): The file.
+        names (`Sequence[str]`): The entries that it must hold, and no others.
+
+    Raises:
+        [`InputError`]: Names the file, where it is missing, truncated, of another kind, or holds code.
+    """
+    remedy = "Delete the file and call the meta-training again: only what is missing is made again."
+    try:
+        # Mapped, so that a size that the file only claims to have is never allocated
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler raises whatever the bytes suggest
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(
+            str(path), path.name, f"cannot be read ({type(error).__name__}: {reason}).", remedy
+        ) from error
+    if not isinstance(stored, dict) or set(stored) != set(names):
+        found = sorted(map(str, stored)) if isinstance(stored, dict) else type(stored).__name__
+        raise InputError(str(path), found, f"must hold {', '.join(names)}.", remedy)
+    return stored
+
+
 def load_group(path: Path) -> Group:
-    stored = torch.load(path, weights_only=True)
-    return Group(spec=TaskSpec(**stored.pop("spec")), **stored)
+    """
+    Reads a group that [`save_group`] wrote.
+
+    Raises:
+        [`InputError`]: Names the file, where it holds no such group.
+    """
+    stored = load_stored(path, [field.name for field in fields(Group)])
+    try:
+        group = Group(**{**stored, "spec": TaskSpec(**stored["spec"])})
+        shape = (group.loss.shape[0], len(group.log_rates))
+        good = group.loss.shape == group.error.shape == shape and all(len(w) == shape[0] for w in group.initial)
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise InputError(str(path), path.name, f"holds no group of tasks ({error}).", "Delete the file.") from error
+    if not good:
+        raise InputError(str(path), tuple(group.loss.shape), "its tensors do not fit each other.", "Delete the file.")
+    return group
 
 
 def fill_bank(folder: Path, seeds: Iterable[int], num_tasks: int, max_cost: float | None) -> None:

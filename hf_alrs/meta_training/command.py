@@ -6,8 +6,9 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +17,33 @@ from .training import MetaTrainingConfig, meta_train
 
 
 _SECONDS_BETWEEN_LINES = 10.0
+_MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 32
+
+
+def read_yaml(path: Path) -> Any:
+    """
+    A YAML file of plain values: no tags that make objects, and no aliases, of which a few lines can name more values than
+    fit into memory.
+
+    Raises:
+        `InputError`: If the file is missing, too large or not such YAML.
+    """
+    if not path.is_file():
+        raise InputError("config", str(path), "is not a file.", "Give the path of a YAML file.")
+    if path.stat().st_size > _MAX_YAML_BYTES:
+        raise InputError(
+            "config", str(path), f"is larger than {_MAX_YAML_BYTES} bytes.", "Give a YAML file of options."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _MAX_YAML_DEPTH:
+                raise ValueError("aliases and deeply nested values are not read")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise InputError("config", str(path), f"is not valid YAML ({error}).", "Correct the file.") from error
 
 
 def read_config(path: Path) -> MetaTrainingConfig:
@@ -25,19 +53,31 @@ def read_config(path: Path) -> MetaTrainingConfig:
     Raises:
         `InputError`: If the file is missing, is not a mapping, or has unknown fields.
     """
-    if not path.is_file():
-        raise InputError("config", str(path), "is not a file.", "Give the path of a YAML file.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError("config", str(path), f"is not valid YAML ({error}).", "Correct the file.") from error
+    values = read_yaml(path)
     known = {f.name for f in fields(MetaTrainingConfig)}
     if not isinstance(values, dict) or "output_dir" not in values:
         raise InputError("config", str(path), "must be a mapping with at least `output_dir`.", "Add it.")
-    unknown = sorted(set(values) - known)
+    unknown = sorted(map(str, set(values) - known))
     if unknown:
         raise InputError("config", unknown, f"must be among {', '.join(sorted(known))}.", "Correct the spelling.")
+    for f in fields(MetaTrainingConfig):
+        if f.name in values and not _fits(f, values[f.name]):
+            raise InputError(f.name, values[f.name], f"{path} must give it as {f.type}.", "Correct the file.")
     return MetaTrainingConfig(**values)
+
+
+def _fits(f: Field, value: Any) -> bool:
+    """Whether a value of a YAML file is of the type that a field of `MetaTrainingConfig` asks for."""
+    if f.name == "hidden_sizes":
+        return bool(value) and all(
+            isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes)
+            for sizes in (value if isinstance(value, list) else [value])
+        )
+    if f.name.startswith("max_") and value is None:
+        return True
+    if str(f.type).startswith("float"):
+        return type(value) in (int, float) and 0 < value < 1e300
+    return isinstance(value, str) if str(f.type) == "str" else type(value) is int
 
 
 class _Lines:

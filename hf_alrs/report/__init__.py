@@ -10,19 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config import InputError
 from .pages import render_html, render_markdown
 from .plots import draw_plots
-from .runs import REPORT_FILE, group_by_task, load_runs, validate_result
+from .runs import REPORT_FILE, group_by_task, load_runs, read_result, validate_result
 from .summary import json_ready, summarize
 
 
-__all__ = ["build_report", "load_runs", "summarize", "validate_result"]
+__all__ = ["build_report", "load_runs", "read_result", "summarize", "validate_result"]
 
 PLOTS_FOLDER = "plots"
 
 
 def build_report(
-    results_dir: str | Path | Sequence[str | Path], output_dir: str | Path | None = None
+    results_dir: str | Path | Sequence[str | Path], output_dir: str | Path | None = None, target: float | None = None
 ) -> dict[str, Any]:
     """
     Builds the report of all runs stored in one or several folders.
@@ -34,6 +35,7 @@ def build_report(
         output_dir (`str` or `Path`, *optional*):
             Where `results.json`, `report.md`, `report.html` and the folder `plots` are written. Defaults to the first
             folder of results.
+        target (`float`, *optional*): A score, such as an accuracy, that every run is timed to as well.
 
     Returns:
         `dict[str, Any]`: The content of `results.json`.
@@ -43,9 +45,11 @@ def build_report(
     """
     folders = [results_dir] if isinstance(results_dir, (str, Path)) else list(results_dir)
     runs = load_runs(map(Path, folders))
-    summary = summarize(runs)
+    summary = summarize(runs, target)
     plots = draw_plots(group_by_task(runs), summary)
     output = Path(output_dir if output_dir is not None else folders[0])
+    if (output / PLOTS_FOLDER).is_symlink():  # as results from elsewhere may hold: figures would be written past it
+        raise InputError("output_dir", str(output / PLOTS_FOLDER), "is a link, and no folder.", "Remove it.")
     (output / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)
     # Figures of an earlier report that this one has no data for would be taken for its own.
     for leftover in (output / PLOTS_FOLDER).glob("*.svg"):
@@ -62,5 +66,7 @@ def build_report(
 def _write(path: Path, text: str) -> None:
     # Renamed into place, so that a reader or a killed process never meets half a file.
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)  # what a killed process left, or a link that would be written through
+    with open(partial, "x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(partial, path)

@@ -189,7 +189,9 @@ def _scheduler_table(summary: dict[str, Any], name: str) -> Table:
         "initial rate, by mean final eval_loss. "
     )
     if targets:
-        caption += f"Epochs (median) to {targets}, the final values of the best tuned baseline; ∞: missed. "
+        caption += (
+            f"Epochs (median) to {targets}: the final values of the best tuned baseline, unless given; ∞: missed. "
+        )
     caption += (
         "Rate stability: sd of successive log changes, nats per step. Loss stability: variance of the detrended training "
         "loss. Runs that failed count as the worst value."

@@ -6,6 +6,7 @@ Figures are drawn on `matplotlib.figure.Figure` objects, without pyplot and its 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -36,7 +37,12 @@ BASELINE_COLORS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 # Colour and opacity; the longest phase is only tinted.
-PHASE_SHADES = {"gather": ("#56b4e9", 0.28), "fit": ("#e69f00", 0.28), "drive": ("#009e73", 0.1)}
+PHASE_SHADES = {
+    "gather": ("#56b4e9", 0.28),
+    "fit": ("#e69f00", 0.28),
+    "drive": ("#009e73", 0.1),
+    "fallback": ("#d55e00", 0.2),
+}
 # With more baselines than this the curves of the others are drawn in grey behind those of the best.
 MAX_NAMED_BASELINES = 6
 MAX_TRACE_POINTS = 400
@@ -519,7 +525,13 @@ def _svg(figure: Figure) -> str:
 
 
 def _slug(*parts: str) -> str:
-    return "-".join(re.sub(r"[^a-z0-9_]+", "-", part.lower()).strip("-") or "x" for part in parts)
+    """A file name of these parts, whatever they hold; long ones are cut, and kept apart by their hash."""
+
+    def short(part: str) -> str:
+        text = re.sub(r"[^a-z0-9_]+", "-", part.lower()).strip("-") or "x"
+        return text if len(text) <= 80 else f"{text[:64]}-{hashlib.sha256(part.encode()).hexdigest()[:12]}"
+
+    return "-".join(map(short, parts))
 
 
 _BAND = (

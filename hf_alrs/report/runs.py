@@ -24,6 +24,8 @@ REFERENCE = "alrs"
 SCHEMA_FILE = Path(__file__).parents[1] / "results_schema.json"
 # What a report writes beside the runs it was built from.
 REPORT_FILE = "results.json"
+# A million steps take about 60 MB.
+MAX_RESULT_BYTES = 2**28
 _RUN_AGAIN = "Delete the file and run the comparison again: only the missing run is repeated."
 
 
@@ -118,7 +120,8 @@ def validate_result(record: Any, name: str) -> None:
         [`InputError`]: Names the file, the place in it and the rule that is broken.
     """
     history = record.get("history") if isinstance(record, dict) else None
-    columns = {key: value for key, value in (history or {}).items() if isinstance(value, list)}
+    history = history if isinstance(history, dict) else {}
+    columns = {key: value for key, value in history.items() if isinstance(value, list)}
     # The schema's rule for every single number of a long history takes seconds to check in Python. The types of a whole
     # column take microseconds, and the schema then sees the first entries.
     allowed = {"step": {int}, "phase": {str, type(None)}}
@@ -139,6 +142,9 @@ def validate_result(record: Any, name: str) -> None:
             f"does not follow the schema of results: {error.message[:300]}.",
             f"Use a file written by this version. {_RUN_AGAIN}",
         )
+    for key in ("task", "scheduler"):
+        if not record["spec"][key].isprintable():  # control signs break the drawings, and others turn text around
+            raise InputError(name, record["spec"][key], f"spec.{key} must be one line of printable signs.", _RUN_AGAIN)
     lengths = {key: len(values) for key, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(name, lengths, "the lists of `history` must be equally long.", _RUN_AGAIN)
@@ -148,10 +154,41 @@ def _refuse_constant(token: str) -> None:
     raise ValueError(f"{token} is no strict JSON; a value that is not finite must be null")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _finite(token: str) -> float:
+    value = float(token)
+    if math.isinf(value):
+        raise ValueError(f"{token[:20]} is larger than any number a run can have; write null")
+    return value
+
+
+def _integer(token: str) -> int:
+    value = int(token)
+    if abs(value) >= 2**63:
+        raise ValueError(f"{token[:20]}... is larger than any number a run can have")
+    return value
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """
+    Reads one result file.
+
+    Raises:
+        [`InputError`]: Names the file, where it is missing, too large, truncated, no strict JSON, or breaks the schema.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
+        if not path.is_file():  # a pipe would wait for ever
+            raise ValueError("it is no file")
+        if (size := path.stat().st_size) > MAX_RESULT_BYTES:
+            raise ValueError(f"it has {size} bytes, more than the {MAX_RESULT_BYTES} that are read")
+        record = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+        # Text that JSON can spell and no file can hold, such as half a surrogate pair
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(str(path), path.name, f"cannot be read as a result: {error}.", _RUN_AGAIN) from error
     validate_result(record, str(path))
     return record
@@ -184,7 +221,7 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
         for path in sorted(directory.glob("*.json")):
             if path.name == REPORT_FILE:
                 continue
-            run = Run(_read(path), path, origin)
+            run = Run(read_result(path), path, origin)
             content = json.dumps(run.record, sort_keys=True)
             if content in contents:
                 continue
@@ -216,10 +253,12 @@ class TaskRuns:
     Args:
         name (`str`): The task.
         runs (`list[Run]`): Its runs, in the order of [`load_runs`].
+        target (`float`, *optional*): A score to time every run to, besides what the best tuned baseline reaches.
     """
 
     name: str
     runs: list[Run]
+    target: float | None = None
 
     @cached_property
     def score(self) -> str:
@@ -284,15 +323,29 @@ class TaskRuns:
 
     @cached_property
     def targets(self) -> dict[str, float]:
-        """Final mean loss and score of the best tuned baseline: what every scheduler is timed to."""
+        """
+        Final loss and score of the best tuned baseline: what every scheduler is timed to. The median over its seeds, of
+        an even number the worse of the two in the middle, so that at least half of its own runs reach it.
+        """
         if self.best_baseline is None:
             return {}
-        return {metric: self.mean_final(self.best_baseline, metric) for metric in ("eval_loss", self.score)}
+        targets = {}
+        for metric in ("eval_loss", self.score):
+            values = sorted(
+                (run.final(metric) for run in self.cells[self.best_baseline]), reverse=not metric.endswith("loss")
+            )
+            targets[metric] = values[len(values) // 2]
+        return targets
+
+    @cached_property
+    def all_targets(self) -> dict[str, float]:
+        """[`targets`], and the given one under the name of the score and the word `given`."""
+        return self.targets | ({} if self.target is None else {f"{self.score} (given)": self.target})
 
 
-def group_by_task(runs: Iterable[Run]) -> list[TaskRuns]:
+def group_by_task(runs: Iterable[Run], target: float | None = None) -> list[TaskRuns]:
     """The runs of [`load_runs`], one [`TaskRuns`] for each task."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.task, []).append(run)
-    return [TaskRuns(name, group) for name, group in groups.items()]
+    return [TaskRuns(name, group, target) for name, group in groups.items()]

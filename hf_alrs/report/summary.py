@@ -76,12 +76,13 @@ def _mean_of_numbers(values: Iterable[float]) -> float:
 
 def _times_to_target(task: TaskRuns, runs: list[Run], units: dict[str, str]) -> dict[str, Any]:
     times: dict[str, Any] = {}
-    for metric, target in task.targets.items():
+    for name, target in task.all_targets.items():
+        metric = name.split(" ")[0]
         reached = [math.isfinite(run.position_of_target("step", metric, target)) for run in runs]
-        times[metric] = {"reached": sum(reached)} if "steps" in units else {}
+        times[name] = {"reached": sum(reached)} if "steps" in units else {}
         for unit, column in units.items():
             positions = [run.position_of_target(column, metric, target) for run in runs]
-            times[metric][unit] = statistics.describe(positions).median
+            times[name][unit] = statistics.describe(positions).median
     return times
 
 
@@ -300,7 +301,10 @@ def _overall(tasks: list[TaskRuns]) -> dict[str, Any]:
     profile = statistics.performance_profile(times, PROFILE_FACTORS) if times.size else np.empty((0, 0))
     return {
         "interquartile_means": [
-            _interquartile_row(tasks, name, metric) for metric in ("eval_loss", "score") for name in schedulers
+            _interquartile_row(tasks, name, metric)
+            for metric in ("eval_loss", "score")
+            for name in schedulers
+            if all(name in task.tuned for task in tasks)  # means over other tasks would not compare
         ],
         "probability_of_improvement": [
             _probability_row(tasks, reference, other, metric)
@@ -345,7 +349,17 @@ def _plan_of_task(task: TaskRuns) -> dict[str, Any]:
             ", ".join(f"{name} {size}" for name, size in record["splits"].items()) for record in records
         ),
         "model": _distinct(
-            _setting(record["config"], "model_name_or_path", "model_name", "model", "model_type") for record in records
+            " from ".join(
+                filter(
+                    None,
+                    [
+                        _setting({"model": record["config"].get("model")}, "model"),
+                        _setting(record["config"].get("data"), "model_name_or_path", "model_type"),
+                    ],
+                )
+            )
+            or None
+            for record in records
         ),
         "optimizer": _distinct(_setting(record["config"], "optim", "optimizer") for record in baseline_records),
         "batch_size": _distinct(
@@ -507,7 +521,7 @@ def _analysis_of_task(task: TaskRuns, cells: list[dict[str, Any]], comparisons: 
         for metric, target in task.targets.items():
             reached = ours["to_target"][metric]
             texts.append(
-                f"The target {metric} {format_number(target)}, the mean final value of "
+                f"The target {metric} {format_number(target)}, the median final value of "
                 f"{_cell_name(*task.best_baseline)}, is reached by {reached['reached']} of {ours['num_runs']} runs of "
                 f"{_cell_name(ours['scheduler'], ours['learning_rate'])}, in the median after "
                 f"{format_number(reached['steps'], 0)} steps; by the baseline itself after "
@@ -615,17 +629,18 @@ def _map_tasks(tasks: list[TaskRuns], value: Callable[[TaskRuns], Any]) -> dict[
     return {task.name: value(task) for task in tasks}
 
 
-def summarize(runs: list[Run]) -> dict[str, Any]:
+def summarize(runs: list[Run], target: float | None = None) -> dict[str, Any]:
     """
     Everything the report says, as the content of `results.json`.
 
     Args:
         runs (`list[Run]`): Stored runs of one or several tasks, from [`load_runs`].
+        target (`float`, *optional*): A score that every run is timed to as well.
 
     Returns:
         `dict[str, Any]`: Python floats throughout, `inf` and `nan` included; see [`json_ready`].
     """
-    tasks = group_by_task(runs)
+    tasks = group_by_task(runs, target)
     shown = _map_tasks(tasks, _shown_run)
     cells = _map_tasks(tasks, lambda task: [_cell(task, *cell) for cell in task.cells])
     timings = _map_tasks(tasks, lambda task: [_cell_timing(task, *cell) for cell in task.cells])
@@ -649,7 +664,7 @@ def summarize(runs: list[Run]) -> dict[str, Any]:
                 "reference": task.reference,
                 "best_baseline": task.best_baseline
                 and {"scheduler": task.best_baseline[0], "learning_rate": task.best_baseline[1]},
-                "targets": task.targets,
+                "targets": task.all_targets,
                 "cells": cells[task.name],
                 "comparisons": comparisons[task.name],
             }

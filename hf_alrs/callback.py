@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,6 +26,11 @@ from .scheduler import ALRSScheduler, get_scheduler
 logger = logging.getLogger(__name__)
 
 HISTORY_NAME = "alrs_history.jsonl"
+# Key of the controller's split in a dictionary of evaluation datasets
+CONTROLLER = "controller"
+# Examples in one evaluation of the controller's split: this share of the examples that the run sees, within bounds. A
+# forward pass costs a third of a step, so ten of them add about 5 % to the shortest runs and less to longer ones.
+_CONTROLLER_SHARE, _CONTROLLER_SAMPLES = 0.015, (64, 512)
 # Where our state travels inside the state of the scheduler that Trainer owns and checkpoints
 _STATE_KEY = "alrs_state"
 
@@ -59,6 +67,8 @@ class ALRSCallback(TrainerCallback):
         self.write_history = write_history
         self.scheduler: ALRSScheduler | None = None
         self.phases: list[str] = []
+        # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
+        self.evaluate_controller: Callable[[], dict[str, float]] | None = None
         self._forward_hook: Any = None
         self._loss_seen = False
         self._loss_missed = False
@@ -146,6 +156,10 @@ class ALRSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.scheduler.discard()
+        if self._controller_is_due(state, control):
+            start = time.perf_counter()
+            self._observe_evaluation(self.evaluate_controller())
+            self.scheduler.seconds += time.perf_counter() - start
         self._flush_before_save(control)
         if not self._loss_seen and not self._loss_missed and self.scheduler.last_decision is not None:
             self._loss_missed = True
@@ -155,6 +169,17 @@ class ALRSCallback(TrainerCallback):
                 "which sees every loss."
             )
         self._write_history(args, state)
+
+    def _controller_is_due(self, state: TrainerState, control: TrainerControl) -> bool:
+        number = self.config.controller_evaluations
+        if self.evaluate_controller is None or number == 0 or control.should_evaluate or control.should_training_stop:
+            return False  # an evaluation by the script is about to show the whole split, or nothing is left to decide
+        return state.global_step % max(1, state.max_steps // number) == 0 and state.global_step < state.max_steps
+
+    def _observe_evaluation(self, metrics: dict[str, float]) -> None:
+        prefix = self.config.controller_metric_prefix
+        if f"{prefix}_loss" in metrics:
+            self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
 
     def _flush_before_save(self, control: TrainerControl) -> None:
         """All processes read their losses now, because one alone writes the checkpoint."""
@@ -175,9 +200,8 @@ class ALRSCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        prefix = self.config.controller_metric_prefix
-        if self.scheduler is not None and metrics and f"{prefix}_loss" in metrics:
-            self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
+        if self.scheduler is not None and metrics:
+            self._observe_evaluation(metrics)
         if self.scheduler is not None and args.save_strategy == SaveStrategy.BEST:
             self.scheduler.flush()  # whether this is the best evaluation, and is saved, is decided next
 
@@ -211,7 +235,8 @@ class ALRSTrainer(Trainer):
     Args:
         alrs_config (`ALRSConfig`, *optional*): How the network drives.
         args, kwargs: As for `transformers.Trainer`. A controller split is driven by when `eval_dataset` is a dictionary
-            with the key `"controller"`: its loss and accuracy become inputs of the network.
+            with the key `"controller"`: its loss and accuracy become inputs of the network, at the script's evaluations
+            and at `controller_evaluations` more on a fixed sample of it, of which no log and no callback is told.
     """
 
     def __init__(self, *args: Any, alrs_config: ALRSConfig | None = None, **kwargs: Any):
@@ -226,6 +251,10 @@ class ALRSTrainer(Trainer):
                 "Take the `scheduler` section out of it.",
             )
         self.alrs_callback = ALRSCallback(self.alrs_config)
+        split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
+        if split is not None and hasattr(split, "__getitem__") and has_length(split):
+            self.alrs_callback.evaluate_controller = self._evaluate_controller
+        self._controller_loader: Any = None
         self.add_callback(self.alrs_callback)
 
     def create_scheduler(
@@ -249,6 +278,34 @@ class ALRSTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _evaluate_controller(self) -> dict[str, float]:
+        """Metrics on a sample of the controller's split, with the random numbers of training left as they are."""
+        with torch.random.fork_rng(devices=[]):
+            if self._controller_loader is None:
+                self._controller_loader = self.get_eval_dataloader(self._controller_sample())
+            # Neither a bar nor an early-stopping callback is to take this for an evaluation that the script asked for.
+            callbacks, self.callback_handler.callbacks = self.callback_handler.callbacks, []
+            try:
+                output = self.evaluation_loop(
+                    self._controller_loader,
+                    description="Controller",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    metric_key_prefix=self.alrs_config.controller_metric_prefix,
+                )
+            finally:
+                self.callback_handler.callbacks = callbacks
+        return output.metrics
+
+    def _controller_sample(self) -> Any:
+        split = self.eval_dataset[CONTROLLER]
+        seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seen *= self.args.world_size
+        least, most = _CONTROLLER_SAMPLES
+        size = min(len(split), max(least, min(most, int(_CONTROLLER_SHARE * seen))))
+        chosen = np.random.default_rng(self.alrs_config.seed).permutation(len(split))[:size].tolist()
+        # `select` keeps the columns' names, by which the Trainer drops what the model does not take.
+        return split.select(chosen) if hasattr(split, "select") else torch.utils.data.Subset(split, chosen)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -70,6 +70,9 @@ class ALRSArguments:
     meta_num_epochs: int = field(default=10, metadata={"help": "Epochs of phase 2; 0: none."})
     num_probes: int | None = field(default=None, metadata={"help": "Trial runs at the end of phase 1."})
     max_restarts: int = field(default=3, metadata={"help": "Restarts from the initial weights; 0 keeps no copy."})
+    controller_evaluations: int = field(
+        default=10, metadata={"help": "Evaluations of the controller's split that drive the rate; 0: none."}
+    )
     guard_patience: int = field(default=3, metadata={"help": "Troubles after which the last good rate just decays."})
     rollback: bool = field(
         default=False,

@@ -119,6 +119,13 @@ class ALRSConfig:
             "help": "Evaluations with this prefix (`<prefix>_loss`) drive the rate; never the split that is reported."
         },
     )
+    controller_evaluations: int = field(
+        default=10,
+        metadata={
+            "help": "Evaluations of the controller's split that `ALRSTrainer` spreads over a run, on as many of its "
+            "examples as cost a few percent of the training; 0: only those that the script makes."
+        },
+    )
     max_signal_size: int = field(
         default=262_144,
         metadata={
@@ -146,7 +153,7 @@ class ALRSConfig:
             "must be 0 or a whole number of at least 3: a best rate needs a worse one on each side.",
             "Use 0 or 7.",
         )
-        for name in ("meta_num_epochs", "feedback_interval", "max_restarts", "seed"):
+        for name in ("meta_num_epochs", "feedback_interval", "max_restarts", "controller_evaluations", "seed"):
             value = getattr(self, name)
             self._check(
                 name, isinstance(value, int) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more."

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .baselines import BASELINES, Baseline, scheduler_kwargs
-from .callback import ALRSTrainer
+from .callback import CONTROLLER, ALRSTrainer
 from .config import ALRSConfig, InputError
 from .range_test import RangeTestScheduler
 from .scheduler import get_scheduler
@@ -21,7 +21,7 @@ from .scheduler import get_scheduler
 __all__ = ["DataArguments", "InputError", "PreparedTask", "Task", "build_trainer", "find_baseline"]
 
 # Keys of the evaluation sets during training: metrics read `eval_controller_loss`, `eval_held_out_loss`
-CONTROLLER, HELD_OUT = "controller", "held_out"
+HELD_OUT = "held_out"
 
 
 @dataclass

@@ -464,7 +464,7 @@ def test_the_controllers_split_is_seen(route: str, tmp_path: Path, moving_config
     trainer = make_trainer(
         route,
         args,
-        moving_config(),
+        moving_config(controller_evaluations=0),
         eval_dataset={"controller": tiny_dataset(16, seed=9), "held_out": tiny_dataset(16, seed=10)},
         compute_metrics=accuracy,
     )
@@ -478,6 +478,50 @@ def test_the_controllers_split_is_seen(route: str, tmp_path: Path, moving_config
         scheduler = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ALRSCallback)).scheduler
     assert float(scheduler.controller.state.eval_loss) == pytest.approx(losses[-1])
     assert float(scheduler.controller.state.eval_best_accuracy) > 0
+
+
+class EvaluationCounter(TrainerCallback):
+    """How many evaluations the controller had seen after each step; fails when an evaluation is announced."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.counts: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counts.append(float(self.trainer.lr_scheduler.controller.state.eval_count))
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("no callback is told")
+
+
+def test_the_controllers_split_is_evaluated_during_training(
+    tmp_path: Path, network_folder: Callable[..., str]
+) -> None:
+    """24 steps, 4 evaluations: after steps 6, 12 and 18; the last one would decide nothing."""
+    still = {"meta_num_epochs": 0, "feedback_interval": 0, "max_restarts": 0}
+    folder = network_folder(network_saying(0.0))
+    counts, weights = {}, []
+    for number in (4, 0):
+        counter = EvaluationCounter()
+        trainer = counter.trainer = make_trainer(
+            "trainer",
+            arguments(tmp_path / str(number)),
+            ALRSConfig(network=folder, controller_evaluations=number, **still),
+            model=tiny_classifier(dropout=0.3),
+            eval_dataset={"controller": tiny_dataset(100, seed=9), "held_out": tiny_dataset(16, seed=10)},
+            compute_metrics=accuracy,
+            callbacks=[counter],
+        )
+        trainer.train()
+        counts[number] = counter.counts
+        weights.append(weights_of(trainer.model))
+        assert not any("eval_controller_loss" in entry for entry in trainer.state.log_history)
+        assert len(trainer._controller_sample()) == 64, "24 steps of 8 are few: the least sample"
+    # The counter runs before the callback that evaluates: it sees an evaluation one step later.
+    assert counts[4] == [0.0] * 6 + [1.0] * 6 + [2.0] * 6 + [3.0] * 6
+    assert set(counts[0]) == {0.0}
+    # The network says nothing, so evaluations must leave no trace, on dropout neither.
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 @routes

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import network_saying
 
 from hf_alrs.config import InputError
 from hf_alrs.features import FEATURE_NAMES
 from hf_alrs.meta_training.bank import Group, group_path, load_group, run_group, save_group
 from hf_alrs.meta_training.command import read_config
 from hf_alrs.meta_training.spec import sample_spec
-from hf_alrs.meta_training.training import MetaTrainingConfig, States, fit, meta_train, regret_at, summarize
+from hf_alrs.meta_training.training import MetaTrainingConfig, States, distill, fit, meta_train, regret_at, summarize
 from hf_alrs.network import MetaLRNetwork
 
 
@@ -74,6 +75,36 @@ def test_fit_learns_to_ask_for_the_best_rate() -> None:
     assert error < 0.3, f"expected a correction of minus the offset, off by {error:.2f}"
 
 
+def test_distillation_gives_the_mean_of_the_teachers() -> None:
+    torch.manual_seed(0)
+    states = States(
+        features=torch.randn(500, len(FEATURE_NAMES)).half(),
+        log_rates=torch.zeros(500),
+        curves=torch.zeros(500, 16),
+        origins=torch.zeros(500),
+        weights=torch.ones(500),
+    )
+    network = MetaLRNetwork((8,))
+    loss = distill(network, [network_saying(1.0), network_saying(3.0)], states, 400, 128, 1e-2, seed=0)
+    assert loss < 0.01
+    with torch.no_grad():
+        said = network.correction(states.features.float())
+    assert said.mean() == pytest.approx(2.0, abs=0.1)
+
+
+def test_long_groups_have_seeds_of_their_own() -> None:
+    config = MetaTrainingConfig(output_dir="x", num_groups=3, num_held_out_groups=2, num_long_groups=2,
+                                num_held_out_long_groups=1, seed=5)  # fmt: skip
+    assert list(config.held_out_seeds) == [5, 6]
+    assert list(config.held_out_long_seeds) == [100_005]
+    assert config.train_seeds == [7, 8, 9, 100_006, 100_007]
+    assert config.size_of(7) == (4, 4.0)
+    assert config.size_of(100_006) == (2, 16.0)
+    specs = [sample_spec(seed, 16.0) for seed in range(100_000, 100_040)]
+    assert max(spec.num_training_steps for spec in specs) > 800
+    assert sum(spec.pretrained for spec in specs) > 20
+
+
 def test_a_group_survives_its_file(tmp_path: Path) -> None:
     group = run_group(3, num_tasks=1, max_cost=1.0)
     save_group(group, group_path(tmp_path, 3))
@@ -104,6 +135,12 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
     path.write_text("output_dir: x\nnum_gruops: 3\n")
     with pytest.raises(InputError, match="num_gruops"):
         read_config(path)
+    path.write_text("output_dir: x\nensemble: [{seed: 1}]\n")
+    with pytest.raises(InputError, match="num_iterations"):
+        read_config(path)
+    path.write_text("output_dir: x\nstates_from: [nowhere]\n")
+    with pytest.raises(InputError, match="nowhere"):
+        read_config(path)
     path.write_text("output_dir: x\nnum_groups: 0\n")
     with pytest.raises(InputError, match="num_groups"):
         read_config(path)
@@ -123,6 +160,17 @@ def test_a_small_meta_training_ends_and_resumes(tmp_path: Path) -> None:
     )
     report = meta_train(config)
     assert math.isfinite(report["64-32"]["mean_regret"])
+    with_ensemble = replace(
+        config,
+        ensemble=[{"hidden_sizes": [16], "seed": 1, "num_iterations": 50}],
+        num_distillation_iterations=50,
+        num_long_groups=1,
+        num_held_out_long_groups=1,
+        max_long_cost=1.0,
+    )
+    table = meta_train(replace(with_ensemble, output_dir=str(tmp_path / "second"), states_from=[str(tmp_path)]))
+    assert math.isfinite(table["64-32-long"]["mean_regret"])
+    assert sorted(path.name for path in (tmp_path / "second").glob("*ed-*")) == ["distilled-64-32", "distilled-64-64"]
     stages: list[str] = []
     states = sorted((tmp_path / "states").iterdir())
     states[0].unlink()

@@ -68,6 +68,10 @@ def read_config(path: Path) -> MetaTrainingConfig:
 
 def _fits(f: Field, value: Any) -> bool:
     """Whether a value of a YAML file is of the type that a field of `MetaTrainingConfig` asks for."""
+    if f.name in ("ensemble", "states_from"):  # what a member must be is for MetaTrainingConfig to say
+        return isinstance(value, list) and all(
+            isinstance(item, dict if f.name == "ensemble" else str) for item in value
+        )
     if f.name == "hidden_sizes":
         return bool(value) and all(
             isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes)

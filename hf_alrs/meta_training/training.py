@@ -13,10 +13,12 @@ import json
 import math
 import os
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +58,11 @@ class MetaTrainingConfig:
         num_iterations (`int`): Steps of the regression after each round.
         batch_size (`int`), learning_rate (`float`): Of the regression (Adam, linear decay).
         hidden_sizes (`list[list[int]]`): Networks to fit; the first one drives the rollouts.
+        ensemble (`list[dict]`): Further networks fitted to all states, each with `hidden_sizes`, `seed` and
+            `num_iterations`. Where there are some, the result is distilled from the mean of all networks: single fits
+            differ widely in how they do under their own control.
+        states_from (`list[str]`): Output folders of earlier runs, whose states and networks count as well.
+        num_distillation_iterations (`int`): Steps of the distillation.
         max_cost, max_long_cost (`float`, *optional*): Groups whose grid would take more seconds than about this are
             made shorter.
         num_workers (`int`): Processes.
@@ -75,6 +82,9 @@ class MetaTrainingConfig:
     batch_size: int = 2048
     learning_rate: float = 2e-3
     hidden_sizes: list[list[int]] = field(default_factory=lambda: [[64, 32], [64, 64]])
+    ensemble: list[dict[str, Any]] = field(default_factory=list)
+    states_from: list[str] = field(default_factory=list)
+    num_distillation_iterations: int = 10_000
     max_cost: float | None = 4.0
     max_long_cost: float | None = 16.0
     num_workers: int = 2
@@ -93,6 +103,20 @@ class MetaTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(name, value, "must be a whole number of at least 1.", "Correct the configuration.")
+        for member in self.ensemble:
+            sizes = member.get("hidden_sizes")
+            numbers = [
+                member.get("seed"),
+                member.get("num_iterations"),
+                *(sizes if isinstance(sizes, list) else [None]),
+            ]
+            if len(member) != 3 or any(type(number) is not int for number in numbers):
+                rule = "must have hidden_sizes (a list of whole numbers), seed and num_iterations, and nothing else."
+                raise InputError("ensemble", member, rule, "Correct the configuration.")
+        for folder in self.states_from:
+            if not (Path(folder) / "states").is_dir():
+                rule = "is not the output folder of an earlier run."
+                raise InputError("states_from", folder, rule, "Make that run first, or leave it out.")
         for name in ("num_long_groups", "num_held_out_long_groups"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -222,6 +246,42 @@ def fit(
     return float(torch.stack(losses[-max(1, num_iterations // 10) :]).mean())
 
 
+def distill(
+    network: MetaLRNetwork,
+    teachers: Sequence[MetaLRNetwork],
+    states: States,
+    num_iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> float:
+    """
+    Trains the network to say what several say on average (Hinton et al., 2015); returns the last loss.
+
+    Args:
+        network (`MetaLRNetwork`): The one to train.
+        teachers (`Sequence[MetaLRNetwork]`): Whose mean correction it learns.
+        states (`States`): Where; their labels are not read.
+        num_iterations, batch_size (`int`), learning_rate (`float`), seed (`int`): As for [`fit`].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    loss = torch.zeros(())
+    for iteration in range(num_iterations):
+        optimizer.param_groups[0]["lr"] = learning_rate * max(0.01, 1 - iteration / num_iterations)
+        index = torch.randint(len(states.weights), (batch_size,), generator=generator)
+        features = states.features[index].float()
+        features = features + _FEATURE_NOISE * torch.randn(features.shape, generator=generator)
+        with torch.no_grad():
+            target = torch.stack([teacher.correction(features) for teacher in teachers]).mean(0)
+        huber = F.smooth_l1_loss(network.correction(features), target, reduction="none")
+        loss = (states.weights[index] * huber).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
 def evaluate_group(group: Group, network: MetaLRNetwork | None, config: ALRSConfig | None = None) -> dict[str, list]:
     """
     Regret of the network's runs from every initial rate of the grid, on a group it was not trained on.
@@ -341,8 +401,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
         "feature_version": FEATURE_VERSION,
         "population_version": POPULATION_VERSION,
     }
-    for sizes in config.hidden_sizes:
-        folder = _network_folder(config, config.num_rounds - 1, sizes)
+    for sizes, folder in zip(config.hidden_sizes, _final_networks(config, report_progress), strict=True):
         name = "-".join(map(str, sizes))
         table = evaluate_held_out(bank, config.held_out_seeds, folder, config.num_workers)
         report[name] = table
@@ -379,6 +438,60 @@ def _card(config: MetaTrainingConfig, table: dict[str, object]) -> dict[str, str
 
 def _network_folder(config: MetaTrainingConfig, round_index: int, sizes: Sequence[int]) -> Path:
     return Path(config.output_dir) / f"network-round{round_index}-{'-'.join(map(str, sizes))}"
+
+
+def _states(config: MetaTrainingConfig, first_round: int) -> States:
+    """The states of all rounds from `first_round` on, of this run and of those that it builds on."""
+    folders = [Path(config.output_dir), *map(Path, config.states_from)]
+    names = re.compile(r"round(\d+)-\d+\.pt")
+    paths = [
+        path
+        for folder in folders
+        for path in sorted((folder / "states").iterdir())
+        if (match := names.fullmatch(path.name)) and int(match[1]) >= first_round
+    ]
+    return States.join([States(**torch.load(path, weights_only=True)) for path in paths])
+
+
+def _last_networks(folder: Path) -> list[Path]:
+    """Networks of the last round in the output folder of a run."""
+    rounds: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob("network-round*")):
+        rounds.setdefault(int(path.name.split("-")[1].removeprefix("round")), []).append(path)
+    return rounds[max(rounds)]
+
+
+def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, int, int], None]) -> list[Path]:
+    """Folders of the resulting networks: those of the last round, or distilled from an ensemble."""
+    output = Path(config.output_dir)
+    if not config.ensemble:
+        return [_network_folder(config, config.num_rounds - 1, sizes) for sizes in config.hidden_sizes]
+    teachers = [path for folder in (*config.states_from, output) for path in _last_networks(Path(folder))]
+    for index, member in enumerate(config.ensemble):
+        folder = output / f"ensemble-{index}"
+        if not (folder / "config.json").exists():
+            torch.manual_seed(member["seed"])
+            network = MetaLRNetwork(member["hidden_sizes"])
+            fit(
+                network, _states(config, 0), member["num_iterations"], config.batch_size, config.learning_rate,
+                member["seed"],
+            )  # fmt: skip
+            network.save_pretrained(folder)
+        teachers.append(folder)
+        report_progress("ensemble", index + 1, len(config.ensemble))
+    folders = [output / f"distilled-{'-'.join(map(str, sizes))}" for sizes in config.hidden_sizes]
+    for index, (sizes, folder) in enumerate(zip(config.hidden_sizes, folders, strict=True)):
+        if not (folder / "config.json").exists():
+            torch.manual_seed(config.seed)
+            network = MetaLRNetwork(sizes)
+            # Not the first round: it was visited without a network, and no network will come there again.
+            distill(
+                network, [MetaLRNetwork.from_pretrained(str(path)) for path in teachers], _states(config, 1),
+                config.num_distillation_iterations, config.batch_size, config.learning_rate, config.seed,
+            )  # fmt: skip
+            network.save_pretrained(folder)
+        report_progress("distillation", index + 1, len(folders))
+    return folders
 
 
 def _fit_round(

@@ -17,7 +17,7 @@ from hf_alrs.experiment import DataArguments, InputError, PreparedTask
 from .metrics import ClassificationMetrics
 from .models import TabularNetConfig, TabularNetForClassification
 from .sources import SAMPLE, Part, Source, check_arguments, check_choice, find_column, load_source, split_examples
-from .text import label_options
+from .text import label_options, load_pretrained
 
 
 # The report's network, and that of its code changes.
@@ -192,6 +192,44 @@ class TabularProcessor(FeatureExtractionMixin):
                 )
             ]
         return cls(numbers, categories, titanic=titanic)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> TabularProcessor:
+        """
+        Loads what `save_pretrained` wrote.
+
+        Raises:
+            InputError: If the folder has no `preprocessor_config.json`, or one that holds no fitted transform.
+        """
+        name = str(pretrained_model_name_or_path)
+        processor = load_pretrained(
+            "column transform", name, lambda: super(TabularProcessor, cls).from_pretrained(name, **kwargs)
+        )
+        processor._check(name)
+        return processor
+
+    def _check(self, name: str) -> None:
+        def holds(entry: dict[str, Any], numbers: Sequence[str]) -> bool:
+            return isinstance(entry.get("column"), str) and all(
+                isinstance(entry.get(key), (int, float)) and np.isfinite(entry[key]) for key in numbers
+            )
+
+        good = isinstance(self.titanic, bool) and bool(self.numeric or self.categorical)
+        good = good and all(holds(entry, ("fill", "mean", "scale")) and entry["scale"] != 0 for entry in self.numeric)
+        good = good and all(
+            holds(entry, ())
+            and isinstance(entry.get("fill"), str)
+            and isinstance(entry.get("categories"), list)
+            and all(isinstance(value, str) for value in entry["categories"])
+            for entry in self.categorical
+        )
+        if not good:
+            raise InputError(
+                "model_name_or_path",
+                name,
+                "its preprocessor_config.json does not hold a fitted column transform.",
+                "Give a folder written by save_pretrained of this version.",
+            )
 
     @property
     def num_features(self) -> int:

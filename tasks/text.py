@@ -36,6 +36,8 @@ from .sources import (
 )
 
 
+# What a model folder or repository holds is data: its own code is neither run nor asked about at the terminal.
+NO_CODE = {"trust_remote_code": False}
 DEFAULT_ENCODER = "google-bert/bert-base-uncased"
 MODEL_TYPES = ("bilstm", "tiny-bert", "pretrained")
 VOCABULARY_SIZE = 20_000
@@ -300,8 +302,8 @@ class Encoder:
     def load(cls, arguments: DataArguments, problem: TextProblem) -> Encoder:
         """Loads config and tokenizer, and raises `InputError` if they are missing or do not fit each other."""
         name = arguments.model_name_or_path or DEFAULT_ENCODER
-        config = load_pretrained("config", name, lambda: AutoConfig.from_pretrained(name))
-        tokenizer = load_pretrained("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+        config = load_pretrained("config", name, lambda: AutoConfig.from_pretrained(name, **NO_CODE))
+        tokenizer = load_pretrained("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, **NO_CODE))
         vocabulary = tokenizer.get_vocab()
         num_embeddings = getattr(config.get_text_config(), "vocab_size", None)
         if num_embeddings is not None and vocabulary and max(vocabulary.values()) >= num_embeddings:
@@ -351,7 +353,11 @@ class Encoder:
                 "model",
                 self.name,
                 lambda: AutoModelForSequenceClassification.from_pretrained(
-                    self.name, ignore_mismatched_sizes=has_other_head, pad_token_id=self.config.pad_token_id, **options
+                    self.name,
+                    ignore_mismatched_sizes=has_other_head,
+                    pad_token_id=self.config.pad_token_id,
+                    **options,
+                    **NO_CODE,
                 ),
             )
 

@@ -46,7 +46,7 @@ from .sources import (
     load_source,
     split_examples,
 )
-from .text import label_options, load_pretrained
+from .text import NO_CODE, label_options, load_pretrained
 
 
 HUB_ID = "uoft-cs/cifar10"
@@ -379,8 +379,10 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
     name = arguments.model_name_or_path
     processor, pretrained_config = None, None
     if name is not None:
-        pretrained_config = load_pretrained("config", name, lambda: AutoConfig.from_pretrained(name))
-        processor = load_pretrained("image processor", name, lambda: AutoImageProcessor.from_pretrained(name))
+        pretrained_config = load_pretrained("config", name, lambda: AutoConfig.from_pretrained(name, **NO_CODE))
+        processor = load_pretrained(
+            "image processor", name, lambda: AutoImageProcessor.from_pretrained(name, **NO_CODE)
+        )
 
     is_sample = arguments.dataset_name == SAMPLE
     source = load_source(arguments, HUB_ID, sample=digits_sample)
@@ -503,7 +505,7 @@ def _model_init(
             "model",
             name,
             lambda: AutoModelForImageClassification.from_pretrained(
-                name, ignore_mismatched_sizes=has_other_head, **options
+                name, ignore_mismatched_sizes=has_other_head, **options, **NO_CODE
             ),
         )
 

@@ -154,6 +154,9 @@ def whole_runs(
     return request.param, get
 
 
+@pytest.mark.reliability(
+    "resume in every phase (callback, ALRSTrainer): weights, rates, features, network bit-identical"
+)
 @pytest.mark.parametrize(("num_probes", "step"), CASES, ids=IDS)
 def test_a_resumed_trainer_goes_on_to_the_last_bit(
     whole_runs: tuple[str, Callable[[int], tuple[Path, dict[str, Any]]]],
@@ -173,6 +176,7 @@ def test_a_resumed_trainer_goes_on_to_the_last_bit(
     assert_same(outcome(trainer), expected)
 
 
+@pytest.mark.reliability("saving checkpoints changes no bit")
 def test_saving_changes_nothing(
     whole_runs: tuple[str, Callable[[int], tuple[Path, dict[str, Any]]]], network: str, tmp_path: Path
 ) -> None:
@@ -206,6 +210,7 @@ class SaveAt(TrainerCallback):
         control.should_save = control.should_save or state.global_step == self.step
 
 
+@pytest.mark.reliability("checkpoint at an epoch's end or asked for by another callback: exact")
 @pytest.mark.parametrize(
     "how",
     ["epoch", "own callback"],
@@ -225,6 +230,7 @@ def test_a_checkpoint_that_was_not_foreseen_is_exact_too(how: str, network: str,
     assert_same(outcome(trainer), expected)
 
 
+@pytest.mark.reliability("checkpoint made without ALRS: refused with the remedy")
 @pytest.mark.parametrize("route", ["callback", "trainer"])
 def test_a_checkpoint_made_without_alrs_is_refused(route: str, network: str, tmp_path: Path) -> None:
     args = arguments(tmp_path, save_strategy="steps", save_steps=4, max_steps=4)
@@ -234,6 +240,7 @@ def test_a_checkpoint_made_without_alrs_is_refused(route: str, network: str, tmp
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.reliability("max_steps raised on resume after the end: rates above zero again")
 @pytest.mark.parametrize("route", ["callback", "trainer"])
 def test_a_longer_run_goes_on_learning(route: str, network: str, tmp_path: Path) -> None:
     trainer = make_trainer(
@@ -291,6 +298,7 @@ def bare_run(
     return scheduler.history, [value.detach().clone() for value in ended], saved
 
 
+@pytest.mark.reliability("resume of a bare loop in every phase: bit-identical")
 @pytest.mark.parametrize(("num_probes", "step"), CASES, ids=IDS)
 def test_a_resumed_bare_loop_goes_on_to_the_last_bit(num_probes: int, step: int, network: str) -> None:
     config = config_for(network, num_probes)
@@ -302,6 +310,7 @@ def test_a_resumed_bare_loop_goes_on_to_the_last_bit(num_probes: int, step: int,
         assert torch.equal(x, y)
 
 
+@pytest.mark.reliability("accelerate save_state and load_state: bit-identical")
 @pytest.mark.parametrize("step", [8, 9])
 def test_save_state_of_accelerate(step: int, network: str, tmp_path: Path) -> None:
     def run(first: int, folder: Path | None) -> tuple[list[float], list[torch.Tensor]]:
@@ -354,6 +363,7 @@ def launch(
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.reliability("kill -9 in a probe, resume from the last checkpoint: bit-identical to the unkilled run")
 def test_an_official_script_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     # From scratch five probes run from step 4 to 23: the checkpoint at 10 and the kill at 17 both fall into them.
     options = {
@@ -410,6 +420,7 @@ def test_an_official_script_that_is_killed_ends_as_if_it_had_not_been(tmp_path: 
     assert [entry["loss"] for entry in logged] == pytest.approx(losses, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.reliability("network folder changed meanwhile: the checkpoint's network wins")
 def test_the_network_of_a_checkpoint_wins_over_the_configured_one(network: str, tmp_path: Path) -> None:
     """A network folder may have been trained further meanwhile: the run goes on with what it began with."""
     config = config_for(network)

@@ -405,12 +405,13 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
         name = "-".join(map(str, sizes))
         table = evaluate_held_out(bank, config.held_out_seeds, folder, config.num_workers)
         report[name] = table
+        long_table = None
         if config.num_held_out_long_groups:
             long_table = evaluate_held_out(bank, config.held_out_long_seeds, folder, config.num_workers)
             report[f"{name}-long"] = long_table
         (output / name / "README.md").unlink(missing_ok=True)  # a card that is there is not written again
         MetaLRNetwork.from_pretrained(str(folder)).save_pretrained(
-            output / name, model_card_kwargs=_card(config, table)
+            output / name, model_card_kwargs=_card(config, table, long_table)
         )
         report_progress("held out", 1, 1)
     temporary = output / "report.json.tmp"
@@ -419,21 +420,39 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     return report
 
 
-def _card(config: MetaTrainingConfig, table: dict[str, object]) -> dict[str, str]:
+def _card(
+    config: MetaTrainingConfig, table: dict[str, object], long_table: dict[str, object] | None
+) -> dict[str, str]:
     """What a network's card says of its training and its measured regret."""
-    return {
-        "training": (
-            f"{config.num_groups} groups of {config.num_tasks} and {config.num_long_groups} groups of "
-            f"{config.num_long_tasks} longer synthetic tasks (population version "
-            f"{POPULATION_VERSION}), {config.num_rounds} rounds of data aggregation with {config.num_members} runs of "
-            f"each task, {config.num_iterations} iterations of the regression, seed {config.seed}."
-        ),
-        "measured": (
-            f"Regret (0: the best of 16 peak rates with linear decay, 1: chance) on {table['num_tasks']} held-out tasks "
-            f"from 16 initial rates over 4.5 decades: mean {table['mean_regret']:.4f}, 90th percentile "
-            f"{table['percentile_90']:.4f}; by initial rate, lowest first: {table['regret_by_initial_rate']}."
-        ),
-    }
+    groups = f"{config.num_groups} groups of {config.num_tasks} synthetic tasks"
+    if config.num_long_groups:
+        groups += f" and {config.num_long_groups} groups of {config.num_long_tasks} longer ones"
+    training = (
+        f"{groups} (population version {POPULATION_VERSION}), {config.num_rounds} rounds of data aggregation with "
+        f"{config.num_members} runs of each task, {config.num_iterations} iterations of the regression, seed "
+        f"{config.seed}."
+    )
+    if config.states_from:
+        training += f" States and networks of {len(config.states_from)} earlier run(s) on the same population as well."
+    if config.ensemble:
+        training += (
+            f" Distilled in {config.num_distillation_iterations} iterations from the mean of the networks of the last "
+            f"rounds and of {len(config.ensemble)} further fits."
+        )
+    measured = (
+        "Regret (0: the best of 16 peak rates with linear decay, 1: chance) from 16 initial rates over 4.5 decades. "
+    )
+    measured += f"On {table['num_tasks']} held-out tasks: {_measured(table)}"
+    if long_table is not None:
+        measured += f" On {long_table['num_tasks']} held-out tasks of longer runs: {_measured(long_table)}"
+    return {"training": training, "measured": measured}
+
+
+def _measured(table: dict[str, object]) -> str:
+    return (
+        f"mean {table['mean_regret']:.4f}, 90th percentile {table['percentile_90']:.4f}; by initial rate, lowest first: "
+        f"{table['regret_by_initial_rate']}."
+    )
 
 
 def _network_folder(config: MetaTrainingConfig, round_index: int, sizes: Sequence[int]) -> Path:

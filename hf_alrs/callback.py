@@ -15,6 +15,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, has_length
 
 from .config import ALRSConfig, InputError
@@ -324,6 +325,22 @@ class ALRSTrainer(Trainer):
             self.lr_scheduler.flush()  # all processes together; a callback that runs last may have asked for the save
         super()._save_checkpoint(*args, **kwargs)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        path = Path(checkpoint or ".") / SCHEDULER_NAME
+        if checkpoint is not None and path.is_file():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if not isinstance(state, dict):
+                    raise ValueError(f"it holds a {type(state).__name__}")
+            except Exception as error:  # of the many types that torch.load raises
+                raise InputError(
+                    "checkpoint",
+                    str(path),
+                    f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}).",
+                    "Resume from another checkpoint.",
+                ) from error
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         scheduler = self.lr_scheduler
         if "loss" in logs and isinstance(scheduler, ALRSScheduler) and scheduler.last_decision is not None:
@@ -355,11 +372,12 @@ def _keep_history(path: Path, first_unread_step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept: list[str] = []
     if first_unread_step > 0 and path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= first_unread_step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):  # the run was killed while it wrote this line
+            # The run was killed while it wrote this line, or someone else wrote it.
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))

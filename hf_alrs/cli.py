@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import yaml
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
@@ -30,7 +29,7 @@ from transformers.training_args import OptimizerNames
 from . import cards, hub
 from .baselines import BASELINES
 from .callback import HISTORY_NAME
-from .config import ALRSConfig, InputError
+from .config import ALRSConfig, InputError, read_yaml
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
 from .matrix import Experiment, RunSpec, build_matrix, environment, missing, run_matrix, split_sizes
 from .network import load_network
@@ -197,12 +196,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         `InputError`: If the file is missing or not such a mapping.
     """
-    if not path.is_file():
-        raise InputError("config", str(path), "is not a file.", "Give the path of a YAML recipe.")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError("config", str(path), f"is not valid YAML ({error}).", "Correct the file.") from error
+    recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise InputError("config", str(path), "is not a mapping of options.", "Write `option: value` lines.")
     return recipe

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 class InputError(ValueError):
@@ -24,6 +27,25 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.rule, self.remedy)
+
+
+_MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 32
+# A network that reads some forty numbers gains nothing beyond, and files from outside could ask for all memory.
+MAX_HIDDEN_SIZE = 4096
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    """Whether `value` is an `int` or `float` that a float can hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @dataclass
@@ -135,39 +157,47 @@ class ALRSConfig:
     seed: int = field(default=0, metadata={"help": "Seed of random weights and of the network's own training."})
 
     def __post_init__(self) -> None:
-        self.hidden_sizes = tuple(self.hidden_sizes)
+        for name in ("network", "controller_metric_prefix"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, str) and value != "", "must be text.", "Leave it out for the default.")
+        self._check("rollback", isinstance(self.rollback, bool), "must be True or False.", "Use True or False.")
+        sizes = self.hidden_sizes
         self._check(
             "hidden_sizes",
-            len(self.hidden_sizes) > 0 and all(isinstance(n, int) and n > 0 for n in self.hidden_sizes),
-            "must be positive whole numbers, one for each hidden layer.",
+            isinstance(sizes, (list, tuple))
+            and len(sizes) > 0
+            and all(_is_int(size) and 0 < size <= MAX_HIDDEN_SIZE for size in sizes),
+            f"must be whole numbers from 1 to {MAX_HIDDEN_SIZE}, one for each hidden layer.",
             "Use 64 32 or 64 64.",
         )
+        self.hidden_sizes = tuple(sizes)
         for name in ("phase1_steps", "probe_steps"):
             self._check_span(name, getattr(self, name))
-        if self.decision_interval != "epoch":
+        if not (isinstance(self.decision_interval, str) and self.decision_interval == "epoch"):
             self._check_span("decision_interval", self.decision_interval, least=2)
         self._check(
             "num_probes",
-            self.num_probes is None
-            or (isinstance(self.num_probes, int) and (self.num_probes == 0 or self.num_probes >= 3)),
+            self.num_probes is None or (_is_int(self.num_probes) and (self.num_probes == 0 or self.num_probes >= 3)),
             "must be 0 or a whole number of at least 3: a best rate needs a worse one on each side.",
             "Use 0 or 7.",
         )
-        for name in ("meta_num_epochs", "feedback_interval", "max_restarts", "controller_evaluations", "seed"):
+        for name in ("meta_num_epochs", "feedback_interval", "max_restarts", "controller_evaluations"):
             value = getattr(self, name)
-            self._check(
-                name, isinstance(value, int) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more."
-            )
+            self._check(name, _is_int(value) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more.")
+        self._check(
+            "seed",
+            _is_int(self.seed) and 0 <= self.seed < 2**32,
+            "must be a whole number from 0 to 2^32 - 1.",
+            "Use 0.",
+        )
         for name in ("meta_batch_size", "max_signal_size", "guard_patience"):
             value = getattr(self, name)
-            self._check(
-                name, isinstance(value, int) and value >= 1, "must be a whole number of at least 1.", "Use 1 or more."
-            )
+            self._check(name, _is_int(value) and value >= 1, "must be a whole number of at least 1.", "Use 1 or more.")
         for name in ("meta_learning_rate", "max_log_change", "max_first_rise", "max_first_fall", "gain", "max_lr"):
             value = getattr(self, name)
             self._check(
                 name,
-                isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
+                _is_finite(value) and value > 0,
                 "must be a finite number above 0.",
                 "Leave it out for the default.",
             )
@@ -175,16 +205,14 @@ class ALRSConfig:
             value = getattr(self, name)
             self._check(
                 name,
-                isinstance(value, (int, float)) and math.isfinite(value) and value >= 0,
+                _is_finite(value) and value >= 0,
                 "must be a finite number of at least 0.",
                 "Leave it out for the default.",
             )
         self._check("min_lr", self.min_lr < self.max_lr, f"must lie below max_lr={self.max_lr}.", "Lower it.")
+        window = self.restart_window
         self._check(
-            "restart_window",
-            isinstance(self.restart_window, (int, float)) and 0 <= self.restart_window <= 1,
-            "must lie between 0 and 1.",
-            "Use 0.13.",
+            "restart_window", _is_finite(window) and 0 <= window <= 1, "must lie between 0 and 1.", "Use 0.13."
         )
 
     @property
@@ -199,8 +227,7 @@ class ALRSConfig:
             raise InputError(name, getattr(self, name), rule, remedy)
 
     def _check_span(self, name: str, value: Any, least: int = 1) -> None:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        holds = is_number and (value >= least if isinstance(value, int) else 0 < value <= 1)
+        holds = _is_finite(value) and (value >= least if isinstance(value, int) else 0 < value <= 1)
         choices = " or 'epoch'" if name == "decision_interval" else ""
         self._check(
             name,
@@ -217,3 +244,29 @@ class ALRSConfig:
 def steps_of(span: int | float, num_training_steps: int) -> int:
     """A span in "steps or a fraction" as a number of steps, at least 1."""
     return max(1, span if isinstance(span, int) else int(span * num_training_steps))
+
+
+def read_yaml(path: Path) -> Any:
+    """
+    A YAML file of plain values: no tags that make objects, and no aliases, of which a few lines can name more values than
+    fit into memory.
+
+    Raises:
+        `InputError`: If the file is missing, too large or not such YAML.
+    """
+    if not path.is_file():
+        raise InputError("config", str(path), "is not a file.", "Give the path of a YAML file.")
+    if path.stat().st_size > _MAX_YAML_BYTES:
+        raise InputError(
+            "config", str(path), f"is larger than {_MAX_YAML_BYTES} bytes.", "Give a YAML file of options."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _MAX_YAML_DEPTH:
+                raise ValueError("aliases and deeply nested values are not read")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise InputError("config", str(path), f"is not valid YAML ({error}).", "Correct the file.") from error

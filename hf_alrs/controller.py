@@ -423,9 +423,9 @@ class ALRSController:
 
     def _within_bounds(self, log_multiplier: float) -> float:
         """The nearest multiplier that keeps the peak rate inside `min_lr` and `max_lr`."""
-        target = min(log_multiplier, math.log(self.config.max_lr / self.initial_learning_rate))
+        target = min(log_multiplier, math.log(self.config.max_lr) - math.log(self.initial_learning_rate))
         if self.config.min_lr > 0:
-            target = max(target, math.log(self.config.min_lr / self.initial_learning_rate))
+            target = max(target, math.log(self.config.min_lr) - math.log(self.initial_learning_rate))
         return target
 
     def _move(self, change: float) -> bool:
@@ -590,6 +590,7 @@ class ALRSController:
 
         Raises:
             `InputError`: If the state was made by a network of another shape.
+            `ValueError`: If it is damaged.
         """
         shapes = {name: tuple(value.shape) for name, value in self.network.state_dict().items()}
         saved = {name: tuple(value.shape) for name, value in state["network"].items()}
@@ -600,6 +601,14 @@ class ALRSController:
                 f"it holds a network of another shape than this run's {shapes}.",
                 "Resume with the hidden_sizes and the hf-alrs version that made the checkpoint.",
             )
+        rows = state["rows"].tolist()
+        if any(len(row) != len(FEATURE_NAMES) + 3 for row in rows):
+            raise ValueError("rows of another width")
+        if [value.shape for value in state["trained"]] != [p.shape for p in self.network.parameters()]:
+            raise ValueError("trained weights of another shape")
+        for name in ("log_multiplier", "highest", "last_change", "initial_learning_rate"):
+            if not math.isfinite(state[name]):
+                raise ValueError(f"{name} is not finite")
         for name in self._SCALARS:
             value = state[name]
             setattr(self, name, list(value) if isinstance(value, (list, tuple)) else value)
@@ -609,7 +618,7 @@ class ALRSController:
         self._guard.load_state_dict(state["guard"])
         before = state["before_probes"]
         self._before_probes = None if before is None else (_state_from_dict(before[0]), before[1], before[2])
-        self._rows = state["rows"].tolist()
+        self._rows = rows
         self.network.load_state_dict(state["network"])
         self._trained = [value.clone() for value in state["trained"]]
 

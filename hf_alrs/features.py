@@ -51,6 +51,7 @@ _EPS = 1e-20
 _LOSS_EPS = 1e-6
 _LOSS_CAP = 1e3  # losses past this many times the initial one carry no more information than "diverged"
 _LIMIT = 4.0
+_LARGEST = 1e150
 
 
 def log(x: Array) -> Array:
@@ -171,7 +172,8 @@ def capped_loss(loss: Array, state: RunState) -> Array:
     known = np.isfinite(cap)
     bad = np.where(known, cap, _LOSS_CAP)
     loss = np.where(np.isnan(loss) | np.isposinf(loss), bad, np.where(np.isneginf(loss), 0.0, loss))
-    return np.where(known, np.minimum(loss, bad), loss)
+    # Squares of what is beyond overflow
+    return np.clip(np.where(known, np.minimum(loss, bad), loss), -_LARGEST, _LARGEST)
 
 
 def update_step(state: RunState, loss: Array, num_training_steps: int, decision_interval: int) -> RunState:
@@ -213,6 +215,7 @@ def update_step(state: RunState, loss: Array, num_training_steps: int, decision_
 def update_evaluation(state: RunState, eval_loss: Array, eval_accuracy: Array = 0.0) -> RunState:
     """The state after an evaluation on the controller's split: mean loss, and accuracy from 0 to 1 where there is one."""
     eval_loss = np.maximum(capped_loss(eval_loss, state), 0.0)
+    eval_accuracy = np.clip(np.nan_to_num(eval_accuracy, nan=0.0), 0.0, 1.0)
     best = np.where(state.eval_count > 0, np.minimum(state.eval_best, eval_loss), eval_loss)
     return replace(
         state,

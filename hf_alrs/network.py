@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
-from .config import InputError
+from .config import MAX_HIDDEN_SIZE, InputError
 from .features import FEATURE_NAMES, FEATURE_VERSION
 from .hub import fetch_text, hub_errors, prepare_repo
 
@@ -96,6 +96,13 @@ class MetaLRNetwork(
                 f"computes version {FEATURE_VERSION}.",
                 "Use a network of the same version, or install the hf-alrs release it was made with.",
             )
+        if not all(0 < size <= MAX_HIDDEN_SIZE for size in hidden_sizes) or num_features != len(FEATURE_NAMES):
+            raise InputError(
+                "hidden_sizes",
+                tuple(hidden_sizes),
+                f"must be whole numbers from 1 to {MAX_HIDDEN_SIZE}, over {len(FEATURE_NAMES)} features.",
+                "Correct the network's config.json, or take another network.",
+            )
         self.hidden_sizes = tuple(hidden_sizes)
         sizes = [num_features, *self.hidden_sizes, 1]
         layers: list[nn.Module] = []
@@ -132,8 +139,18 @@ class MetaLRNetwork(
                 "has no config.json that says which features it was trained on.",
                 "Save it with `save_pretrained`, or take another network.",
             )
-        with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
-            network = super()._from_pretrained(model_id=model_id, **kwargs)
+        kwargs["strict"] = True  # weights that are missing would stay random
+        try:
+            with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
+                network = super()._from_pretrained(model_id=model_id, **kwargs)
+        except (RuntimeError, InputError) as error:
+            if isinstance(error, InputError) and error.field == "feature_version":
+                raise
+            raise InputError(
+                "network", model_id, f"its config.json or weights are wrong ({error}).", "Take another network."
+            ) from error
+        if not all(bool(p.isfinite().all()) for p in network.parameters()):
+            raise InputError("network", model_id, "has weights that are not finite.", "Take another network.")
         if is_folder:
             card = Path(model_id) / _CARD_NAME
             text = card.read_text(encoding="utf-8") if card.is_file() else ""

@@ -230,7 +230,12 @@ class ALRSScheduler(LRScheduler):
 
     @torch.no_grad()
     def _before_optimizer_step(self, *_: Any) -> None:
+        # A fused optimizer is called with mixed precision's scale and verdict, and unscales, or skips, by itself.
+        skipped = getattr(self._inner, "found_inf", None)
+        if skipped is not None and float(skipped) != 0:
+            return
         start = time.perf_counter()
+        scale = getattr(self._inner, "grad_scale", None)
         step = self._optimizer_steps
         if step == 0 and self._recorder.initial is None:
             self._recorder.start()
@@ -238,9 +243,9 @@ class ALRSScheduler(LRScheduler):
                 self._initial = [*(p.detach().clone() for p in self._parameters), *self._initial_buffers]
             self._initial_buffers = []
         if self.controller.is_decision(step):
-            self._signals = self._recorder.measure()
+            self._signals = self._recorder.measure(scale)
         if self.controller.is_before_decision(step):
-            self._recorder.record_previous()
+            self._recorder.record_previous(scale)
         self._optimizer_steps = step + 1
         self.seconds += time.perf_counter() - start
 
@@ -262,7 +267,10 @@ class ALRSScheduler(LRScheduler):
         if decision.phase != "gather":
             self._snapshot = None
         if decision.good and self.config.rollback:
-            self._good = self._keep(torch.device("cpu"))
+            kept = self._keep(torch.device("cpu"))
+            # Signals are of the step before, on a part of the coordinates.
+            if all(bool(t.isfinite().all()) for t in kept["tensors"]):
+                self._good = kept
         self._tell(step, decision)
         self.history[-1].update(
             phase=decision.phase,
@@ -399,6 +407,27 @@ class ALRSScheduler(LRScheduler):
                 f"its state and feature versions are not this package's {(STATE_VERSION, FEATURE_VERSION)}.",
                 "Resume with the hf-alrs release that made it.",
             )
+        groups = len(state_dict.get("base_lrs") or ())
+        if groups != len(self.base_lrs):
+            raise InputError(
+                "checkpoint",
+                groups,
+                f"its number of parameter groups is not this optimizer's {len(self.base_lrs)}.",
+                "Resume with the same parameter groups.",
+            )
+        try:
+            self._take(state_dict)
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                "checkpoint",
+                f"{type(error).__name__}: {error}"[:200],
+                "its ALRS state is damaged.",
+                "Resume from another checkpoint.",
+            ) from error
+
+    def _take(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
             raise InputError(
@@ -416,7 +445,7 @@ class ALRSScheduler(LRScheduler):
         self._good = _moved(state_dict["good"], torch.device("cpu"))
         self._told = set(state_dict["told"])
         self._initial_buffers = []
-        self._steps, self._optimizer_steps = state_dict["steps"], state_dict["optimizer_steps"]
+        self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
         self._signals, self._loss, self._micro_batches, self._grad_norm = None, None, 0, None
         self.base_lrs = list(state_dict["base_lrs"])

@@ -152,22 +152,31 @@ class SignalRecorder:
         torch.distributed.all_reduce(values)
         return values
 
-    def _gradients(self) -> torch.Tensor:
+    def _gradients(self, scale: torch.Tensor | None) -> torch.Tensor:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        return self._gather([g.to_dense() if g.is_sparse else g for g in gradients])
+        gathered = self._gather([g.to_dense() if g.is_sparse else g for g in gradients])
+        return gathered if scale is None else gathered / scale.to(self.device)
 
     def start(self) -> None:
         """Keeps the initial weights (the subsample of them)."""
         self.initial = self._gather(self.parameters)
         self._last_weights = self.initial
 
-    def record_previous(self) -> None:
-        """Keeps the gradient and the weights of the step before a decision, before the optimizer moves them."""
-        self._gradient, self._weights = self._gradients(), self._gather(self.parameters)
+    def record_previous(self, scale: torch.Tensor | None = None) -> None:
+        """
+        Keeps the gradient and the weights of the step before a decision, before the optimizer moves them.
 
-    def measure(self) -> torch.Tensor | None:
+        Args:
+            scale (`torch.Tensor`, *optional*): Factor that mixed precision has left on the gradients.
+        """
+        self._gradient, self._weights = self._gradients(scale), self._gather(self.parameters)
+
+    def measure(self, scale: torch.Tensor | None = None) -> torch.Tensor | None:
         """
         Signals at the step of a decision, before the optimizer moves the weights.
+
+        Args:
+            scale (`torch.Tensor`, *optional*): Factor that mixed precision has left on the gradients.
 
         Returns:
             `torch.Tensor` of shape `[len(SIGNALS)]`, float64, on the parameters' device; `None` where the step before
@@ -175,7 +184,7 @@ class SignalRecorder:
         """
         if self._weights is None:
             return None
-        g, w = self._gradients(), self._gather(self.parameters)
+        g, w = self._gradients(scale), self._gather(self.parameters)
         h, u = self._gradient, w - self._weights
         x, d = w - self.initial, w - self._last_weights
         e = self._displacement if self._displacement is not None else torch.zeros_like(d)

@@ -10,40 +10,11 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..config import InputError
+from ..config import InputError, read_yaml
 from .training import MetaTrainingConfig, meta_train
 
 
 _SECONDS_BETWEEN_LINES = 10.0
-_MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 32
-
-
-def read_yaml(path: Path) -> Any:
-    """
-    A YAML file of plain values: no tags that make objects, and no aliases, of which a few lines can name more values than
-    fit into memory.
-
-    Raises:
-        `InputError`: If the file is missing, too large or not such YAML.
-    """
-    if not path.is_file():
-        raise InputError("config", str(path), "is not a file.", "Give the path of a YAML file.")
-    if path.stat().st_size > _MAX_YAML_BYTES:
-        raise InputError(
-            "config", str(path), f"is larger than {_MAX_YAML_BYTES} bytes.", "Give a YAML file of options."
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > _MAX_YAML_DEPTH:
-                raise ValueError("aliases and deeply nested values are not read")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise InputError("config", str(path), f"is not valid YAML ({error}).", "Correct the file.") from error
 
 
 def read_config(path: Path) -> MetaTrainingConfig:

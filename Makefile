@@ -5,7 +5,7 @@ SOURCES := hf_alrs tasks tests run_glue_alrs.py run_vision_alrs.py
 # Small models: threads of one run get in each other's way, and much more so beside other work
 SINGLE := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow quality style
+.PHONY: demo test test-slow reliability quality style
 
 # Rebuilt whenever the dependencies change
 .venv/installed: pyproject.toml
@@ -25,6 +25,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(SINGLE) $(BIN)/python -m pytest -m slow
+
+# Every fault and equivalence case with its outcome, slow ones too
+reliability: .venv/installed
+	$(SINGLE) $(BIN)/python -m pytest -m reliability
 
 quality: .venv/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -431,8 +431,9 @@ def _train_prepared(
     metrics: dict[str, float] = {}
     if args.do_eval and args.do_train and checkpoint is None:
         before = _evaluate(trainer, prepared)
+        before.pop("epoch", None)  # none has passed
         trainer.save_metrics("benchmark", before, combined=False)
-        _print_dictionary("Benchmark Results (before training)", {k: v for k, v in before.items() if k != "epoch"})
+        _print_dictionary("Benchmark Results (before training)", before)
     if args.do_train:
         if checkpoint is not None:
             logger.warning("Resuming from %s; give another --output_dir to start afresh.", checkpoint)

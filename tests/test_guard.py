@@ -75,6 +75,7 @@ def test_what_is_not_finite_is_trouble_at_once() -> None:
 # The controller
 
 
+@pytest.mark.reliability("loss spike: the rate goes down")
 def test_a_spike_lowers_the_rate() -> None:
     def loss(step: int, controller: ALRSController) -> float:
         return 2.0 if step < 8 else (1.0 + 0.01 * (step % 3) if step < 50 else 6.0)
@@ -85,6 +86,7 @@ def test_a_spike_lowers_the_rate() -> None:
     assert run.multipliers[-1] == pytest.approx(-math.log(3.0))
 
 
+@pytest.mark.reliability("repeated trouble: plain decay of the last good rate")
 def test_after_repeated_trouble_the_last_good_rate_decays() -> None:
     """Losses are not finite from step 50 on: -ln 10 at each decision until patience ends, and no more."""
 
@@ -144,6 +146,7 @@ def test_a_rollback_brings_the_statistics_back() -> None:
 
 
 @pytest.mark.parametrize("at", [48, 52, 56, 57, 70])
+@pytest.mark.reliability("guard's state in checkpoints: resumed = uninterrupted")
 def test_a_checkpoint_keeps_the_guard(at: int) -> None:
     def loss(step: int, controller: ALRSController) -> float:
         return math.nan if step in (50, 54, 60) else 1.0 + 0.1 * (step % 3)
@@ -172,6 +175,7 @@ def drive(scheduler: ALRSScheduler, optimizer: torch.optim.Optimizer, weight: to
 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.reliability("rollback: weights and optimizer state back to the last good ones")
 def test_a_rollback_brings_weights_and_optimizer_state_back(
     optimizer_class: type[torch.optim.Optimizer],
     network_folder: Callable[..., str],
@@ -206,6 +210,7 @@ def test_the_copy_lies_on_the_cpu_and_only_where_it_is_asked_for(network_folder:
     assert all(t.device.type == "cpu" for t in scheduler._good["tensors"])
 
 
+@pytest.mark.reliability("trouble: the user is told once")
 def test_the_user_is_told_once(network_folder: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
     config = ALRSConfig(network=network_folder(network_saying(0.0)), decision_interval=4, max_restarts=0)
     weight = torch.nn.Parameter(torch.ones(2))
@@ -237,6 +242,7 @@ class PoisonedAt(torch.nn.Module):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.reliability("NaN batch in a Trainer: survived with rollback")
 def test_a_trainer_survives_a_bad_batch_with_rollback(route: str, tmp_path: Path, moving_config: Config) -> None:
     finite = {}
     for rollback in (True, False):
@@ -252,6 +258,7 @@ def test_a_trainer_survives_a_bad_batch_with_rollback(route: str, tmp_path: Path
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("save_steps", [12, 15, 17])
+@pytest.mark.reliability("rollback after a resume: bit-identical to the uninterrupted run")
 def test_a_rollback_after_a_resume_is_that_of_the_whole_run(
     route: str, save_steps: int, tmp_path: Path, moving_config: Config
 ) -> None:

@@ -17,6 +17,7 @@ RATES = ["3.16e-4", "1e-3", "3.16e-3"]
 
 
 @pytest.mark.slow
+@pytest.mark.reliability("do no harm: final loss at most one sd above a constant rate's, 5 seeds, 3 rates")
 @pytest.mark.parametrize("task", ["sst2", "cifar10", "titanic"])
 def test_alrs_ends_no_worse_than_a_constant_rate(task: str, tmp_path: Path) -> None:
     """

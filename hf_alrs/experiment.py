@@ -226,6 +226,10 @@ def build_trainer(
 
         common["optimizer_cls_and_kwargs"] = (Prodigy, {"lr": 1.0, "weight_decay": args.weight_decay})
     if baseline.alrs_config is None:
-        return NamedSchedulerTrainer(baseline=baseline, **common)
-    config = replace(alrs_config or ALRSConfig(), **baseline.alrs_config)
-    return ALRSTrainer(alrs_config=config, **common)
+        trainer: Trainer = NamedSchedulerTrainer(baseline=baseline, **common)
+    else:
+        trainer = ALRSTrainer(alrs_config=replace(alrs_config or ALRSConfig(), **baseline.alrs_config), **common)
+    # The tasks' models take the mean over the batch, whatever they are told of the items in it. Believing otherwise,
+    # Trainer multiplies losses, of evaluations too, and gradients by the number of processes and of accumulated batches.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer

@@ -18,7 +18,7 @@ from .config import ALRSConfig, InputError
 from .controller import FALLBACK, ALRSController, Decision
 from .features import FEATURE_NAMES, FEATURE_VERSION, SIGNALS
 from .guard import NON_FINITE, SPIKE
-from .signals import SignalRecorder
+from .signals import SignalRecorder, is_sharded, sharded_like
 
 
 logger = logging.getLogger(__name__)
@@ -85,19 +85,14 @@ class ALRSScheduler(LRScheduler):
             num_warmup_steps=num_warmup_steps,
             steps_per_epoch=steps_per_epoch,
         )
-        self._parameters = [
-            p
-            for group, rate in zip(inner.param_groups, rates, strict=True)
-            if rate > 0
-            for p in group["params"]
-            if p.requires_grad
-        ]
+        self._inner = inner
+        self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
+        self._parameters: list[torch.Tensor] = []
+        self._find_parameters()
         if not self._parameters:
             raise InputError(
                 "optimizer", type(inner).__name__, "has no trainable parameter.", "Unfreeze at least one parameter."
             )
-        self._inner = inner
-        self._recorder = SignalRecorder(self._parameters, self.config.max_signal_size)
         self._initial: list[torch.Tensor] | None = None
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
         self._initial_buffers = [b.detach().clone() for b in model.buffers()] if model is not None else []
@@ -226,6 +221,22 @@ class ALRSScheduler(LRScheduler):
         """Takes the hook off the optimizer; the rates stay where they are."""
         self._hook.remove()
 
+    def _find_parameters(self) -> None:
+        """Looks up the parameters, which FSDP2 exchanges for sharded ones after the optimizer was made."""
+        found = [
+            p
+            for group, driven in zip(self._inner.param_groups, self._driven, strict=False)
+            if driven
+            for p in group["params"]
+            if p.requires_grad
+        ]
+        if len(found) != len(self._parameters) or any(
+            p is not q for p, q in zip(found, self._parameters, strict=True)
+        ):
+            self._parameters = found
+            if found:
+                self._recorder = SignalRecorder(found, self.config.max_signal_size)
+
     # What happens around the optimizer's step
 
     @torch.no_grad()
@@ -238,9 +249,10 @@ class ALRSScheduler(LRScheduler):
         scale = getattr(self._inner, "grad_scale", None)
         step = self._optimizer_steps
         if step == 0 and self._recorder.initial is None:
+            self._find_parameters()
             self._recorder.start()
             if self.controller.restarts_possible:
-                self._initial = [*(p.detach().clone() for p in self._parameters), *self._initial_buffers]
+                self._initial = [*(_copied(p, None) for p in self._parameters), *self._initial_buffers]
             self._initial_buffers = []
         if self.controller.is_decision(step):
             self._signals = self._recorder.measure(scale)
@@ -260,7 +272,7 @@ class ALRSScheduler(LRScheduler):
                 self._recorder.reset()
         elif decision.action == "snapshot":
             self._snapshot = self._keep(None)
-        elif decision.action == "restore":
+        elif decision.action == "restore" and self._snapshot is not None:
             self._bring_back(self._snapshot)
         elif decision.action == "rollback" and self._good is not None:
             self._bring_back(self._good)
@@ -328,7 +340,7 @@ class ALRSScheduler(LRScheduler):
     @torch.no_grad()
     def _load(self, tensors: list[torch.Tensor], optimizer_state: dict[int, dict[str, Any]]) -> None:
         for target, source in zip(self._restored_tensors(), tensors, strict=True):
-            target.copy_(source)
+            _local(target).copy_(source)
         self._inner.state.clear()
         parameters = [p for group in self._inner.param_groups for p in group["params"]]
         for index, values in optimizer_state.items():
@@ -373,6 +385,7 @@ class ALRSScheduler(LRScheduler):
             "initial": self._initial,
             "snapshot": self._snapshot,
             "good": self._good,
+            "rank": torch.distributed.get_rank() if any(map(is_sharded, self._parameters)) else None,
             "told": sorted(self._told),
             "steps": self._steps,
             "optimizer_steps": self._optimizer_steps,
@@ -428,6 +441,7 @@ class ALRSScheduler(LRScheduler):
             ) from error
 
     def _take(self, state_dict: dict[str, Any]) -> None:
+        self._find_parameters()
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
             raise InputError(
@@ -443,6 +457,13 @@ class ALRSScheduler(LRScheduler):
         self._initial = None if initial is None else [t.to(device) for t in initial]
         self._snapshot = _moved(state_dict["snapshot"], device)
         self._good = _moved(state_dict["good"], torch.device("cpu"))
+        if any(map(is_sharded, self._parameters)) and not _are_own_shards(state_dict["rank"], device):
+            self._initial = self._snapshot = self._good = None
+            if _is_first_process():
+                logger.warning(
+                    "The checkpoint's copies of the weights are one process's shards: no restart or rollback goes back "
+                    "to before the resume."
+                )
         self._told = set(state_dict["told"])
         self._initial_buffers = []
         self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0
@@ -463,13 +484,29 @@ def _moved(value: Any, device: torch.device) -> Any:
     return [_moved(item, device) for item in value] if isinstance(value, list) else value
 
 
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: all of it unless it is sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def _copied(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    return tensor.detach().clone() if device is None else tensor.detach().to(device, copy=True)
+    local = _local(tensor.detach())
+    return local.clone() if device is None else local.to(device, copy=True)
 
 
 def _cloned_beside(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy on the parameter's device; step counters of optimizers stay on the CPU."""
-    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+    """A copy on the parameter's device, sharded as it is; step counters of optimizers stay on the CPU."""
+    if value.dim() == 0:
+        return value.clone()
+    copy = value.to(parameter.device, copy=True)
+    return sharded_like(copy, parameter) if is_sharded(parameter) and value.shape == _local(parameter).shape else copy
+
+
+def _are_own_shards(rank: int | None, device: torch.device) -> bool:
+    """Whether every process has loaded what it saved itself; Trainer saves the state of the first one alone."""
+    own = torch.tensor(float(rank == torch.distributed.get_rank()), device=device)
+    torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MIN)
+    return bool(own)
 
 
 def _copied_state(optimizer: Optimizer, device: torch.device | None) -> dict[int, dict[str, Any]]:

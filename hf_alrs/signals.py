@@ -37,8 +37,16 @@ def _stride(parameter: torch.Tensor, share: int) -> int:
     return stride
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over processes (`DTensor`)."""
     return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def sharded_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The `DTensor` of the shape and placement of another one whose part here is `local`."""
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 class _LocalPart:
@@ -117,7 +125,7 @@ class SignalRecorder:
         self._matrices = torch.tensor(matrices, dtype=torch.long, device=self.device)
         # Of sharded parameters alone; the others are whole on every process
         self._parts = [
-            _LocalPart(p, stride) if _is_sharded(p) else None
+            _LocalPart(p, stride) if is_sharded(p) else None
             for p, stride in zip(self.parameters, self._strides, strict=True)
         ]
         widths = [0.5 * math.log(min(p.shape[0], p.numel() // p.shape[0])) for p in self.parameters if p.dim() > 1]

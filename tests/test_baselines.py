@@ -66,3 +66,25 @@ def test_ablations_differ_from_alrs_in_what_their_names_say() -> None:
 def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match="schedule_free"):
         find_baseline("sgdr")
+
+
+@pytest.mark.parametrize("scheduler", ["alrs", "linear"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_logged_losses_are_means_of_the_batch(scheduler: str, accumulation: int, tmp_path) -> None:
+    """A text classifier begins at ln 2; taken for one that divides by the items of a step it would log a multiple."""
+    data = DataArguments(task_name="sst2", dataset_name="sample", model_type="tiny-bert", max_train_samples=200)
+    prepared = TASKS["sst2"].prepare(data)
+    args = TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        learning_rate=1e-6,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = build_trainer(prepared, prepared.model_init(), args, scheduler, ALRSConfig(network="scratch"))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([0.693, 0.693], abs=0.1)

@@ -658,6 +658,24 @@ def test_groups_of_any_optimizer_keep_their_ratios(name: str, quiet: Config) -> 
     assert not torch.equal(low, torch.ones(4, 4))
 
 
+def test_parameters_exchanged_after_the_scheduler_was_made_are_the_ones_that_count(moving_config: Config) -> None:
+    """FSDP2 puts sharded parameters into the optimizer that was made with whole ones."""
+    old, new = (torch.nn.Parameter(torch.full((4, 4), value)) for value in (1.0, 2.0))
+    optimizer = torch.optim.SGD([old], lr=0.01)
+    scheduler = ALRSScheduler(optimizer, 30, config=moving_config())
+    optimizer.param_groups[0]["params"] = [new]
+    for _ in range(6):
+        loss = (new**2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.observe(loss=loss)
+        scheduler.step()
+    assert scheduler._parameters[0] is new
+    assert float(scheduler._recorder.initial.square().sum()) == pytest.approx(64.0)
+    assert any("features" in entry for entry in scheduler.history)
+
+
 # Mixed precision
 
 SCALED = {

@@ -87,6 +87,7 @@ class ALRSCallback(TrainerCallback):
     ) -> None:
         self._detach()
         self.phases = []
+        _refuse_deepspeed_scheduler(args)
         if isinstance(lr_scheduler, ALRSScheduler):
             self.scheduler, self._loss_seen = lr_scheduler, True
         else:
@@ -243,14 +244,7 @@ class ALRSTrainer(Trainer):
     def __init__(self, *args: Any, alrs_config: ALRSConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.alrs_config = alrs_config or ALRSConfig()
-        config = getattr(self.args, "hf_deepspeed_config", None)
-        if config is not None and "scheduler" in config.config:
-            raise InputError(
-                "deepspeed",
-                "scheduler",
-                "the DeepSpeed configuration holds a scheduler, which would override ALRS.",
-                "Take the `scheduler` section out of it.",
-            )
+        _refuse_deepspeed_scheduler(self.args)
         self.alrs_callback = ALRSCallback(self.alrs_config)
         split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
         if split is not None and hasattr(split, "__getitem__") and has_length(split):
@@ -354,6 +348,17 @@ class ALRSTrainer(Trainer):
                 features = zip(FEATURE_NAMES, decision.features, strict=True)
                 logs.update({f"alrs/feature/{name}": value for name, value in features})
         super().log(logs, *args, **kwargs)
+
+
+def _refuse_deepspeed_scheduler(args: TrainingArguments) -> None:
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None and "scheduler" in config.config:
+        raise InputError(
+            "deepspeed",
+            "scheduler",
+            "the DeepSpeed configuration holds a scheduler, which would override ALRS.",
+            "Take the `scheduler` section out of it.",
+        )
 
 
 def strict_json(value: Any) -> Any:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,15 @@ def test_schedulers_stepped_with_a_metric_are_refused(name: str, tmp_path: Path,
     trainer = make_trainer("callback", args, moving_config(), eval_dataset=tiny_dataset(16))
     with pytest.raises(InputError, match="lr_scheduler_type"):
         trainer.train()
+
+
+@routes
+@pytest.mark.reliability("DeepSpeed configuration with a scheduler of its own: refused with the remedy")
+def test_a_scheduler_of_deepspeed_is_refused(route: str, tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path)
+    args.hf_deepspeed_config = SimpleNamespace(config={"scheduler": {"type": "WarmupLR"}}, is_zero3=lambda: False)
+    with pytest.raises(InputError, match="Take the `scheduler` section out of it"):
+        make_trainer(route, args, moving_config()).train()
 
 
 @routes

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import TinyClassifier, network_saying, scratch_network, tiny_classifier, tiny_dataset
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import SchedulerType
 
@@ -656,6 +657,40 @@ def test_groups_of_any_optimizer_keep_their_ratios(name: str, quiet: Config) -> 
     assert seen[2 * K + 1][1] == pytest.approx(rate * math.exp(1.0) * (1 - (2 * K + 1) / T), rel=1e-5)
     assert torch.equal(frozen, torch.ones(4, 4))
     assert not torch.equal(low, torch.ones(4, 4))
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often a number is read off a tensor, which on a GPU waits for all that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.reliability("no host-device synchronisation on steps without a decision")
+def test_nothing_is_read_between_decisions(moving_config: Config) -> None:
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    scheduler = ALRSScheduler(optimizer, 30, config=moving_config())
+    read_at = []
+    for step in range(30):
+        loss = (weight**2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        written = len(scheduler.history)
+        with CountReads() as count:
+            scheduler.observe(loss=loss.detach())
+            optimizer.step()
+            scheduler.step()
+        if count.reads or len(scheduler.history) > written:  # what is written has been read, in one piece
+            read_at.append(step)
+    decisions = [entry["step"] - 1 for entry in scheduler.history if "features" in entry]
+    assert set(read_at) <= set(decisions)
+    assert decisions == list(range(3, 30, 3))
 
 
 def test_parameters_exchanged_after_the_scheduler_was_made_are_the_ones_that_count(moving_config: Config) -> None:

@@ -212,6 +212,16 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return repo
 
+    def find_revision(self, kind: str | None, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Commit and files, or `None` after an answer that says what is not there."""
+        repo = self.find(kind, name)
+        if repo is None:
+            return None
+        found = repo.at(revision)
+        if not found:
+            self.refuse("RevisionNotFound")
+        return found or None
+
     def whoami(self, body: bytes) -> None:
         if self.authorized:
             self.answer(200, {"type": "user", "name": USER, "orgs": []})
@@ -282,12 +292,8 @@ class _Handler(BaseHTTPRequestHandler):
         return shown
 
     def tree(self, body: bytes, kind: str, name: str, revision: str, folder: str | None = None) -> None:
-        repo = self.find(kind, name)
-        found = repo and repo.at(revision)
-        if repo is None:
-            return
-        if not found:
-            self.refuse("RevisionNotFound")
+        found = self.find_revision(kind, name, revision)
+        if found is None:
             return
         start = f"{folder.strip('/')}/" if folder and folder.strip("/") else ""
         below = [entry for entry in self.entries(found[1]) if entry["path"].startswith(start)]
@@ -299,24 +305,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, below)
 
     def paths_info(self, body: bytes, kind: str, name: str, revision: str) -> None:
-        repo = self.find(kind, name)
-        found = repo and repo.at(revision)
-        if repo is None:
-            return
-        if not found:
-            self.refuse("RevisionNotFound")
+        found = self.find_revision(kind, name, revision)
+        if found is None:
             return
         is_json = "json" in self.headers.get("Content-Type", "")
         wanted = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
         self.answer(200, [entry for entry in self.entries(found[1]) if entry["path"] in wanted])
 
     def resolve(self, body: bytes, name: str, revision: str, path: str, kind: str | None = None) -> None:
-        repo = self.find(kind, name)
-        found = repo and repo.at(revision)
-        if repo is None:
-            return
-        if not found:
-            self.refuse("RevisionNotFound")
+        found = self.find_revision(kind, name, revision)
+        if found is None:
             return
         commit, files = found
         if path not in files:

@@ -166,7 +166,7 @@ def test_a_small_meta_training_ends_and_resumes(tmp_path: Path) -> None:
         num_distillation_iterations=50,
         num_long_groups=1,
         num_held_out_long_groups=1,
-        max_long_cost=1.0,
+        max_long_cost=4.0,
     )
     table = meta_train(replace(with_ensemble, output_dir=str(tmp_path / "second"), states_from=[str(tmp_path)]))
     assert math.isfinite(table["64-32-long"]["mean_regret"])

@@ -157,6 +157,11 @@ class States:
     def join(cls, parts: Sequence[States]) -> States:
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
 
+    @classmethod
+    def load(cls, paths: Sequence[Path]) -> States:
+        """The states of several files, joined."""
+        return cls.join([cls(**load_stored(path, list(cls.__dataclass_fields__))) for path in paths])
+
 
 def regret_at(curves: Tensor, origins: Tensor, step: float, log_rates: Tensor) -> Tensor:
     """
@@ -469,7 +474,7 @@ def _states(config: MetaTrainingConfig, first_round: int) -> States:
         for path in sorted((folder / "states").iterdir())
         if (match := names.fullmatch(path.name)) and int(match[1]) >= first_round
     ]
-    return States.join([States(**torch.load(path, weights_only=True)) for path in paths])
+    return States.load(paths)
 
 
 def _last_networks(folder: Path) -> list[Path]:
@@ -520,7 +525,7 @@ def _fit_round(
     folders = [_network_folder(config, round_index, sizes) for sizes in all_sizes]
     if not all((folder / "config.json").exists() for folder in folders):
         paths = [path for r in range(round_index + 1) for path in sorted(visited.glob(f"round{r}-*.pt"))]
-        states = States.join([States(**load_stored(path, list(States.__dataclass_fields__))) for path in paths])
+        states = States.load(paths)
         for sizes, folder in zip(all_sizes, folders, strict=True):
             torch.manual_seed(config.seed)
             network = MetaLRNetwork(sizes)

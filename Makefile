@@ -5,7 +5,15 @@ SOURCES := hf_alrs tasks tests run_glue_alrs.py run_vision_alrs.py
 # Small models: threads of one run get in each other's way, and much more so beside other work
 SINGLE := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow reliability quality style
+# Folder with sst2/, imdb/, cifar10/ and titanic/train.csv, and of a pretrained encoder; without them the Hub is asked,
+# which has no Titanic
+DATA ?=
+MODEL ?=
+JOBS ?= 2
+PLAN_OPTIONS = $(if $(DATA),--data_dir $(DATA)) $(if $(MODEL),--model_name_or_path $(MODEL)) --jobs $(JOBS) $(OPTIONS)
+EVIDENCE := $(BIN)/hf-alrs evidence
+
+.PHONY: demo test test-slow reliability quality style evidence evidence-full arena arena-small
 
 # Rebuilt whenever the dependencies change
 .venv/installed: pyproject.toml
@@ -29,6 +37,23 @@ test-slow: .venv/installed
 # Every fault and equivalence case with its outcome, slow ones too
 reliability: .venv/installed
 	$(SINGLE) $(BIN)/python -m pytest -m reliability
+
+# The plans of both reports at a size for two CPU cores, about two and a half hours; what is stored is not run again
+evidence: .venv/installed
+	$(EVIDENCE) --plan report-1 --output_dir results/report-1-adaptive-scheduling $(PLAN_OPTIONS)
+	$(EVIDENCE) --plan report-2 --output_dir results/report-2-meta-learning $(PLAN_OPTIONS)
+	$(EVIDENCE) --update_readme
+
+# The whole plans, for a GPU; every run is started by the launcher
+LAUNCHER ?= accelerate launch
+evidence-full: JOBS := 1
+evidence-full: .venv/installed
+	$(EVIDENCE) --plan report-1-full --output_dir outputs/evidence-full/report-1-adaptive-scheduling $(PLAN_OPTIONS) --launcher "$(LAUNCHER)"
+	$(EVIDENCE) --plan report-2-full --output_dir outputs/evidence-full/report-2-meta-learning $(PLAN_OPTIONS) --launcher "$(LAUNCHER)"
+
+# ALRS beside everything else on the tasks of both reports: hours, or under ten minutes
+arena arena-small: .venv/installed
+	$(EVIDENCE) --plan $@ --output_dir outputs/$@ $(PLAN_OPTIONS)
 
 quality: .venv/installed
 	$(BIN)/ruff check $(SOURCES)

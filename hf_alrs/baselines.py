@@ -50,6 +50,9 @@ BASELINES: dict[str, Baseline] = {
     "alrs_no_feedback": Baseline(
         "alrs", alrs_config={"feedback_interval": 0}, description="ablation: phase 2, but no feedback loop"
     ),
+    "alrs_no_average": Baseline(
+        "alrs", alrs_config={"average_weights": False}, description="ablation: a full decay, no averaging of weights"
+    ),
     "alrs_scratch": Baseline(
         "alrs", alrs_config={"network": "scratch"}, description="ablation: a network trained on this run alone"
     ),

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ class ALRSCallback(TrainerCallback):
     Lets the network drive the learning rate of any `Trainer`; nothing else in the script changes.
 
     The rate of the script (`learning_rate`) is where it starts, warmup is kept, and the decay of `lr_scheduler_type` is
-    replaced. The callback takes over the scheduler that Trainer made, so that the logged `learning_rate` is the one in
-    use and checkpoints hold the callback's state.
+    replaced. Averaged weights (see [`hf_alrs.averaging`]) are evaluated, saved in checkpoints and left in the model at the
+    end, while training goes on from the raw ones. The callback takes over the scheduler that Trainer made, so that the
+    logged `learning_rate` is the one in use and checkpoints hold the callback's state.
 
     Args:
         config (`ALRSConfig`, *optional*): How the network drives.
@@ -118,7 +120,7 @@ class ALRSCallback(TrainerCallback):
             optimizer,
             num_training_steps=state.max_steps,
             num_warmup_steps=args.get_warmup_steps(state.max_steps),
-            config=self.config,
+            config=_config_of_run(self.config, args),
             steps_per_epoch=steps_per_epoch(args, num_batches),
             model=model,
         )
@@ -162,7 +164,7 @@ class ALRSCallback(TrainerCallback):
             start = time.perf_counter()
             self._observe_evaluation(self.evaluate_controller())
             self.scheduler.seconds += time.perf_counter() - start
-        self._flush_before_save(control)
+        self._prepare_save(control)
         if not self._loss_seen and not self._loss_missed and self.scheduler.last_decision is not None:
             self._loss_missed = True
             logger.warning(
@@ -183,15 +185,16 @@ class ALRSCallback(TrainerCallback):
         if f"{prefix}_loss" in metrics:
             self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
 
-    def _flush_before_save(self, control: TrainerControl) -> None:
-        """All processes read their losses now, because one alone writes the checkpoint."""
+    def _prepare_save(self, control: TrainerControl) -> None:
+        """All processes read their losses now, because one alone writes the checkpoint, with the averaged weights."""
         if control.should_save:
             self.scheduler.flush()
+            self.scheduler.show_average()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._flush_before_save(control)
+        self._prepare_save(control)
         self._write_history(args, state)
 
     def on_evaluate(
@@ -212,6 +215,8 @@ class ALRSCallback(TrainerCallback):
     ) -> None:
         self.scheduler.flush()
         self._write_history(args, state)
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):  # which has been loaded by now
+            self.scheduler.show_average()
         self._detach()
 
     def _detach(self) -> None:
@@ -266,7 +271,7 @@ class ALRSTrainer(Trainer):
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs={
-                    "config": self.alrs_config,
+                    "config": _config_of_run(self.alrs_config, self.args),
                     "steps_per_epoch": steps_per_epoch(self.args, num_batches),
                     "model": self.model,
                 },
@@ -316,7 +321,9 @@ class ALRSTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.lr_scheduler, ALRSScheduler):
-            self.lr_scheduler.flush()  # all processes together; a callback that runs last may have asked for the save
+            # All processes together; a callback that runs last may have asked for the save
+            self.lr_scheduler.flush()
+            self.lr_scheduler.show_average()
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -348,6 +355,12 @@ class ALRSTrainer(Trainer):
                 features = zip(FEATURE_NAMES, decision.features, strict=True)
                 logs.update({f"alrs/feature/{name}": value for name, value in features})
         super().log(logs, *args, **kwargs)
+
+
+def _config_of_run(config: ALRSConfig, args: TrainingArguments) -> ALRSConfig:
+    """Without averaging under DeepSpeed, whose engine keeps weights of its own."""
+    # A launcher of accelerate sets the plugin alone
+    return replace(config, average_weights=False) if getattr(args, "deepspeed_plugin", None) is not None else config
 
 
 def _refuse_deepspeed_scheduler(args: TrainingArguments) -> None:

@@ -26,7 +26,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
-from . import cards, hub
+from . import cards, evidence, hub
 from .baselines import BASELINES
 from .callback import HISTORY_NAME
 from .config import ALRSConfig, InputError, read_yaml
@@ -77,6 +77,16 @@ class ALRSArguments:
         default=False,
         metadata={"help": "Keep the last good weights on the CPU and go back to them when the run is in trouble."},
     )
+    average_weights: bool = field(
+        default=True,
+        metadata={"help": "Average the weights along the run; the averaged ones are evaluated, saved and kept."},
+    )
+    final_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rate that the decay ends at over the peak rate. Default: 0.3 with averaged weights, else 0."
+        },
+    )
     min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
     max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})
 
@@ -112,6 +122,10 @@ class CompareArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds, paired over schedulers."})
     num_evaluations: int = field(
         default=10, metadata={"help": "Evaluations spread over each run, for learning curves and plateau schedulers."}
+    )
+    subset_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate each model on a seeded subset of this many examples too (`eval_subset_*`)."},
     )
     jobs: int = field(default=1, metadata={"help": "Runs at a time, each in a process of its own."})
 
@@ -457,11 +471,14 @@ def _train_prepared(
     return metrics
 
 
-def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> None:
+def read_comparison(
+    arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
+) -> tuple[Experiment, CompareArguments, TrainingArguments, str]:
     """
-    A matrix of runs and its report; runs that are already stored are not repeated.
+    What all cells of a comparison share, from its command line.
 
-    Exits with code 1 when a run failed.
+    Returns:
+        `tuple`: The experiment, the arguments of the matrix and of the training, and the name of the task in the rows.
     """
     types = (DataArguments, ALRSArguments, RunArguments, CompareArguments, TrainingArguments)
     task, (data, alrs, _, matrix, args), changed = parse(arguments, types, tasks, default_task)
@@ -482,11 +499,6 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
         )
     _set_up_logging(args)
     names = {f.name for f in fields(TrainingArguments)}
-    output_dir = Path(args.output_dir)
-    rates = matrix.learning_rates or [args.learning_rate]
-    # A sample is not the task that it stands in for
-    name = f"{task.kind}-sample" if data.dataset_name == SAMPLE else task.name
-    specs = build_matrix(name, matrix.schedulers, rates, matrix.seeds)
     experiment = Experiment(
         task=task,
         data=data,
@@ -494,7 +506,22 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
         alrs_config=alrs.to_config(seed=0),
         num_evaluations=matrix.num_evaluations,
         launcher=matrix.launcher,
+        subset_eval_samples=matrix.subset_eval_samples,
     )
+    # A sample is not the task that it stands in for
+    return experiment, matrix, args, f"{task.kind}-sample" if data.dataset_name == SAMPLE else task.name
+
+
+def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> None:
+    """
+    A matrix of runs and its report; runs that are already stored are not repeated.
+
+    Exits with code 1 when a run failed.
+    """
+    experiment, matrix, args, name = read_comparison(arguments, tasks, default_task)
+    output_dir = Path(args.output_dir)
+    rates = matrix.learning_rates or [args.learning_rate]
+    specs = build_matrix(name, matrix.schedulers, rates, matrix.seeds)
     left = missing(specs, output_dir)
     print(
         f"{len(specs)} runs: {len(matrix.schedulers)} schedulers x {len(rates)} rates x {len(matrix.seeds)} seeds; "
@@ -507,6 +534,10 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
         )
     summary = build_report(output_dir, target=matrix.target)
     _print_summary(summary, output_dir)
+    _exit_if_failed(failed)
+
+
+def _exit_if_failed(failed: int) -> None:
     if failed:
         print(f"error: {failed} run(s) failed; their result files hold the errors.", file=sys.stderr)
         print("Delete those files to run them again.", file=sys.stderr)
@@ -716,6 +747,110 @@ def _command_report(arguments: Sequence[str]) -> None:
     print(f"Report: {output_dir / 'report.html'}")
 
 
+def _command_evidence(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="hf-alrs evidence",
+        description="Run the studies of a plan, as far as they are not stored yet, and build the report over them all; or "
+        "write what README says of such reports.",
+    )
+    parser.add_argument("--plan", help="Name of a plan (report-1, arena-small, ...) or its file.")
+    parser.add_argument("--output_dir", type=Path, help="Default: outputs/NAME. Each study has a folder in it.")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        help="Folder with the datasets by the names of their tasks: sst2/, imdb/, cifar10/, titanic/train.csv. Default: "
+        "the Hub.",
+    )
+    parser.add_argument("--model_name_or_path", help="For the studies of a pretrained model; default: the recipe's.")
+    parser.add_argument("--studies", nargs="+", help="Only these.")
+    parser.add_argument("--schedulers", nargs="+", help="Only the runs of these.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--launcher", help="Command that starts the processes of each run: `accelerate launch`.")
+    parser.add_argument("--report_only", action="store_true", help="Run nothing; build the report of what is stored.")
+    parser.add_argument("--update_readme", action="store_true", help="Write README's and results/README.md's part.")
+    parser.add_argument(
+        "--check", action="store_true", help="With --update_readme: change nothing, and exit with 1 on drift."
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="Folder of README.md and results/.")
+    options = parser.parse_args(arguments)
+    if options.update_readme:
+        drifted = evidence.update_readme(options.root, options.check)
+        for path in drifted:
+            print(f"{path}: {'differs from the results' if options.check else 'written'}")
+        sys.exit(1 if options.check and drifted else 0)
+    if options.jobs < 1:
+        raise InputError("jobs", options.jobs, "must be at least 1.", "Use 1 or more.")
+    tasks = installed_tasks()
+    recipes = list(dict.fromkeys(task.recipe.parent for task in tasks.values()))
+    if options.plan is None:
+        raise InputError("plan", None, "must be given.", "Give for example --plan report-1.")
+    path = evidence.find_plan(options.plan, [folder.parent / "plans" for folder in recipes])
+    plan = evidence.read_plan(path, recipes)
+    output_dir = options.output_dir or Path("outputs") / path.stem
+    plan.check_schedulers(options.schedulers)
+    chosen = [] if options.report_only else plan.select(options.studies)
+    work = [(study, *_study_cells(study, options, output_dir, tasks)) for study in chosen]
+    plan.check_rows(output_dir)
+    for study, experiment, specs in work:
+        if left := missing(specs, output_dir / study.name):
+            _check_study(study, experiment)
+        print(
+            f"{study.name}: {len(specs)} runs, {len(specs) - len(left)} of them stored, {len(left)} left.", flush=True
+        )
+    if work:
+        plan.store(output_dir)
+    failed = 0
+    for study, experiment, specs in work:
+        left = missing(specs, output_dir / study.name)
+        with MatrixProgress(len(left)) as progress:
+            failed += run_matrix(
+                experiment,
+                specs,
+                output_dir / study.name,
+                options.jobs,
+                on_step=progress.on_step,
+                on_done=progress.on_done,
+            )
+    summary = evidence.build_evidence(plan, output_dir)
+    for sentence in summary["conclusion"]:
+        print(f"- {sentence['task']}: {sentence['text']}")
+    print(f"Report: {output_dir / 'report.html'}")
+    _exit_if_failed(failed)
+
+
+def _study_cells(
+    study: evidence.Study, options: argparse.Namespace, output_dir: Path, tasks: Mapping[str, Task]
+) -> tuple[Experiment, list[RunSpec]]:
+    recipe = read_recipe(study.recipe)
+    dataset = recipe.get("dataset_name")
+    if options.data_dir is not None and dataset != SAMPLE:
+        task = find_task(recipe["task_name"], tasks)
+        local = options.data_dir / task.name
+        dataset = str(local / "train.csv" if task.kind == "tabular" else local)
+        if not Path(dataset).exists():
+            raise InputError("data_dir", dataset, f"the study {study.name} needs it.", _DATA_REMEDY)
+    arguments = study.arguments(output_dir, dataset, options.model_name_or_path)
+    if options.launcher:
+        arguments += ["--launcher", options.launcher]
+    experiment, _, _, name = read_comparison(arguments, tasks, recipe["task_name"])
+    return experiment, study.specs(name, options.schedulers)
+
+
+_DATA_REMEDY = (
+    "Give a --data_dir with sst2/, imdb/, cifar10/ and titanic/train.csv, or leave the study out by --studies."
+)
+
+
+def _check_study(study: evidence.Study, experiment: Experiment) -> None:
+    """Loads a little of the data and the model, so that what cannot be had is said before any work."""
+    few = {key: min(getattr(experiment.data, key) or 500, 500) for key in ("max_train_samples", "max_eval_samples")}
+    try:
+        experiment.task.prepare(replace(experiment.data, **few)).model_init()
+    except InputError as error:
+        remedy = _DATA_REMEDY if error.field == "dataset_name" else error.remedy
+        raise InputError(error.field, error.value, f"{error.rule} The study {study.name} needs it.", remedy) from error
+
+
 def _command_publish(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-alrs publish",
@@ -830,6 +965,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "compare": (_command_compare, "compare schedulers on a task and build the report"),
     "tasks": (_command_tasks, "list the installed tasks"),
     "report": (_command_report, "build the report of stored runs, of several people too"),
+    "evidence": (_command_evidence, "run the plan of a report, and write what README says of it"),
     "publish": (_command_publish, "publish the results of a comparison on the Hub"),
     "pull": (_command_pull, "fetch published results from the Hub"),
     "meta-train": (_command_meta_train, "train the network on a population of small tasks"),

@@ -144,6 +144,11 @@ def control(
     return change, allowed & ((fell & ~waiting) | stuck | ~np.asarray(finite, dtype=bool))
 
 
+def decay(config: ALRSConfig, progress: float) -> float:
+    """Share of the peak rate at a progress from 0 to 1: a line from 1 to `final_ratio`."""
+    return config.final_ratio + (1.0 - config.final_ratio) * max(0.0, 1.0 - progress)
+
+
 def decision_interval_of(config: ALRSConfig, num_training_steps: int, steps_per_epoch: int | None) -> int:
     """Optimizer steps between decisions, at least 2: signals come from two successive steps at one rate."""
     interval = config.decision_interval
@@ -261,11 +266,11 @@ class ALRSController:
     def learning_rate(self, step: int) -> float:
         """The rate for the `step`-th optimizer step (counted from 0), under what has been decided so far."""
         warmup = min(1.0, (step + 1) / self.num_warmup_steps) if self.num_warmup_steps else 1.0
-        decay = max(0.0, 1.0 - step / self.num_training_steps)
-        if self._probing:  # on a schedule of their own, so that they can be compared
+        share = decay(self.config, step / self.num_training_steps)
+        if self.probing:  # on a schedule of their own, so that they can be compared
             warmup = 1.0
-            decay = max(0.0, 1.0 - (step - self._probe_start) / (self._probe_decisions * self.decision_interval))
-        rate = self.initial_learning_rate * math.exp(self.log_multiplier) * warmup * decay
+            share = max(0.0, 1.0 - (step - self._probe_start) / (self._probe_decisions * self.decision_interval))
+        rate = self.initial_learning_rate * math.exp(self.log_multiplier) * warmup * share
         return min(max(rate, self.config.min_lr), self.config.max_lr)
 
     # What the scheduler tells
@@ -274,10 +279,10 @@ class ALRSController:
         """Takes the training loss of one optimizer step."""
         if not math.isfinite(loss) or loss > loss_cap(self.state):
             self.diverged = True
-        if not self._probing:
+        if not self.probing:
             self._guard.observe(loss)
         self.state = update_step(self.state, loss, self.num_training_steps, self.decision_interval)
-        if self._probing:
+        if self.probing:
             self._probe_losses.append(float(capped_loss(loss, self.state)))
 
     def observe_evaluation(self, loss: float, accuracy: float | None = None) -> None:
@@ -312,7 +317,7 @@ class ALRSController:
         features = feature_vector(moment)
         count = int(self.state.decision_count)
 
-        if self._probing:
+        if self.probing:
             return self._decide_probe(step, features, count)
         if not self.jumped and count == self._first_jump and self._num_probes > 0 and finite:
             self._remember(features, math.nan, count)
@@ -439,7 +444,8 @@ class ALRSController:
     # Probes: a small regret curve of this very run
 
     @property
-    def _probing(self) -> bool:
+    def probing(self) -> bool:
+        """Whether a probe is running, whose weights are given up."""
         return 0 <= self._probe < self._num_probes
 
     def _start_probe(self, step: int, features: np.ndarray, action: str) -> Decision:

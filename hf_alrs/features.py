@@ -3,8 +3,9 @@ What the network sees: scale-free features of a run so far.
 
 One training step yields *signals* (a loss, and at decisions the inner products of gradients, updates and weights).
 [`RunState`] holds running averages over them as an init/update pair, and each feature is a pure function of one
-[`Moment`]. Everything works elementwise on float64 arrays of any shape, so that one run (scalars) and a population of
-runs (`[num_members]`) go through the same code.
+[`Moment`]. Everything works elementwise on Python floats and on float64 arrays of any shape, so that one run (floats) and
+a population of runs (`[num_members]`) go through the same code. Numpy takes longer over one number than a small model
+over a part of its training step, hence the elementwise functions that leave floats to Python.
 
 The failure mode that the definitions guard against is a feature with a unit: multiplying the loss by a constant, the
 inputs by a constant or the initial rate by a constant must leave every feature where it was, up to what the change does
@@ -13,8 +14,10 @@ to the training itself. Positive quantities are therefore compared in log space,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -41,9 +44,10 @@ SIGNALS = (
     "de",
     "ee",
     "matrix_update_ratio",  # mean over weight matrices of ln(|u_i| / |w_i|)
+    "zero_gradient",  # mean over weight matrices of the share of gradient entries that are exactly zero
+    # What no step changes comes last
     "matrix_width",  # mean over weight matrices of ln(sqrt(min(fan_in, fan_out)))
     "matrix_count",  # ln(number of weight matrices)
-    "zero_gradient",  # mean over weight matrices of the share of gradient entries that are exactly zero
     "size",  # ln(sqrt(number of weights))
 )
 
@@ -54,14 +58,62 @@ _LIMIT = 4.0
 _LARGEST = 1e150
 
 
+# Elementwise functions of floats and arrays, with numpy's outcome for numbers that Python's own functions refuse
+
+
+def where(condition: Any, x: Array, y: Array) -> Array:
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, x, y)
+    return x if condition else y
+
+
+def maximum(x: Array, y: Array) -> Array:
+    if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
+        return np.maximum(x, y)
+    return x if x >= y or x != x else y
+
+
+def minimum(x: Array, y: Array) -> Array:
+    if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
+        return np.minimum(x, y)
+    return x if x <= y or x != x else y
+
+
+def clip(x: Array, low: float, high: float) -> Array:
+    if isinstance(x, np.ndarray):
+        return np.clip(x, low, high)
+    return low if x < low else high if x > high else x
+
+
+def isfinite(x: Array) -> Any:
+    return np.isfinite(x) if isinstance(x, np.ndarray) else math.isfinite(x)
+
+
+def sqrt(x: Array) -> Array:
+    if isinstance(x, np.ndarray):
+        return np.sqrt(x)
+    return math.sqrt(x) if x >= 0 else math.nan
+
+
+def ln(x: Array) -> Array:
+    if isinstance(x, np.ndarray):
+        return np.log(x)
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
+def without_nan(x: Array) -> Array:
+    """`x` with 0 for NaN."""
+    return where(x != x, 0.0, x)
+
+
 def log(x: Array) -> Array:
-    return np.log(np.maximum(x, _EPS))
+    return ln(maximum(x, _EPS))
 
 
 def cosine(product: Array, square_a: Array, square_b: Array) -> Array:
     """Cosine of two vectors from their inner product and squared norms, 0 where one of them is zero."""
-    norm = np.sqrt(np.maximum(square_a, _EPS) * np.maximum(square_b, _EPS))
-    return np.clip(product / norm, -1.0, 1.0)
+    norm = sqrt(maximum(square_a, _EPS) * maximum(square_b, _EPS))
+    return clip(product / norm, -1.0, 1.0)
 
 
 def ema(average: Array, value: Array, count: Array, rate: float) -> Array:
@@ -73,7 +125,7 @@ def ema(average: Array, value: Array, count: Array, rate: float) -> Array:
         count (`float` or `np.ndarray`): How many values have been seen, this one included.
         rate (`float`): Weight of a new value once the average is warm.
     """
-    return average + np.maximum(rate, 1.0 / np.maximum(count, 1.0)) * (value - average)
+    return average + maximum(rate, 1.0 / maximum(count, 1.0)) * (value - average)
 
 
 @dataclass(frozen=True)
@@ -136,15 +188,23 @@ _KEPT_OVER_RESTARTS = ("initial_loss", "initial_count", "initial_gradient")
 
 def initial_state(shape: tuple[int, ...] = ()) -> RunState:
     """The state before the first step, zeros of `shape`."""
-    return RunState(**{field.name: np.zeros(shape) for field in fields(RunState)})
+    return RunState(**{field.name: np.zeros(shape) if shape else 0.0 for field in fields(RunState)})
+
+
+def _changed(state: RunState, **values: Array) -> RunState:
+    """`dataclasses.replace`, which takes longer over so many fields than the arithmetic of a step."""
+    new = object.__new__(RunState)
+    new.__dict__.update(state.__dict__)
+    new.__dict__.update(values)
+    return new
 
 
 def restart_state(state: RunState, mask: Array) -> RunState:
     """`state` with everything but the initial loss and gradient forgotten where `mask` is true."""
-    return replace(
+    return _changed(
         state,
         **{
-            field.name: np.where(mask, 0.0, getattr(state, field.name))
+            field.name: where(mask, 0.0, getattr(state, field.name))
             for field in fields(RunState)
             if field.name not in _KEPT_OVER_RESTARTS
         },
@@ -157,23 +217,23 @@ def loss_cap(state: RunState) -> Array:
 
     An initial loss below 1 counts as 1: losses that start near zero or below it may rise without harm.
     """
-    return np.where(state.initial_count > 0, _LOSS_CAP * np.maximum(np.abs(state.initial_loss), 1.0), np.inf)
+    return where(state.initial_count > 0, _LOSS_CAP * maximum(abs(state.initial_loss), 1.0), math.inf)
 
 
 def loss_over_initial(state: RunState) -> Array:
     """Fast loss average over the initial loss; 0, which stands for good progress, where the latter is not positive."""
     known = state.initial_loss > _LOSS_EPS
-    return np.where(known, state.loss_fast / np.where(known, state.initial_loss, 1.0), 0.0)
+    return where(known, state.loss_fast / where(known, state.initial_loss, 1.0), 0.0)
 
 
 def capped_loss(loss: Array, state: RunState) -> Array:
     """`loss` as a finite number: at most `loss_cap`, and 1000 where not even the first loss was finite."""
     cap = loss_cap(state)
-    known = np.isfinite(cap)
-    bad = np.where(known, cap, _LOSS_CAP)
-    loss = np.where(np.isnan(loss) | np.isposinf(loss), bad, np.where(np.isneginf(loss), 0.0, loss))
+    known = isfinite(cap)
+    bad = where(known, cap, _LOSS_CAP)
+    loss = where((loss != loss) | (loss == math.inf), bad, where(loss == -math.inf, 0.0, loss))
     # Squares of what is beyond overflow
-    return np.clip(np.where(known, np.minimum(loss, bad), loss), -_LARGEST, _LARGEST)
+    return clip(where(known, minimum(loss, bad), loss), -_LARGEST, _LARGEST)
 
 
 def update_step(state: RunState, loss: Array, num_training_steps: int, decision_interval: int) -> RunState:
@@ -189,7 +249,7 @@ def update_step(state: RunState, loss: Array, num_training_steps: int, decision_
         num_training_steps (`int`): Length of the run in optimizer steps.
         decision_interval (`int`): Steps between two decisions.
     """
-    finite = np.isfinite(loss)
+    finite = isfinite(loss)
     loss = capped_loss(loss, state)
     count = state.step_count + 1
     fast = 1 / max(4.0, 0.02 * num_training_steps)
@@ -197,33 +257,33 @@ def update_step(state: RunState, loss: Array, num_training_steps: int, decision_
     deviation = loss - state.loss_slow
     opening = (state.initial_count < max(3, decision_interval)) & finite
     initial_count = state.initial_count + opening
-    return replace(
+    return _changed(
         state,
-        initial_loss=np.where(
+        initial_loss=where(
             opening,
-            state.initial_loss + (loss - state.initial_loss) / np.maximum(initial_count, 1),
+            state.initial_loss + (loss - state.initial_loss) / maximum(initial_count, 1),
             state.initial_loss,
         ),
         initial_count=initial_count,
         step_count=count,
         loss_fast=ema(state.loss_fast, loss, count, fast),
         loss_slow=ema(state.loss_slow, loss, count, slow),
-        loss_variance=np.where(count > 1, ema(state.loss_variance, deviation**2, count, slow), 0.0),
+        loss_variance=where(count > 1, ema(state.loss_variance, deviation * deviation, count, slow), 0.0),
     )
 
 
 def update_evaluation(state: RunState, eval_loss: Array, eval_accuracy: Array = 0.0) -> RunState:
     """The state after an evaluation on the controller's split: mean loss, and accuracy from 0 to 1 where there is one."""
-    eval_loss = np.maximum(capped_loss(eval_loss, state), 0.0)
-    eval_accuracy = np.clip(np.nan_to_num(eval_accuracy, nan=0.0), 0.0, 1.0)
-    best = np.where(state.eval_count > 0, np.minimum(state.eval_best, eval_loss), eval_loss)
-    return replace(
+    eval_loss = maximum(capped_loss(eval_loss, state), 0.0)
+    eval_accuracy = clip(without_nan(eval_accuracy), 0.0, 1.0)
+    best = where(state.eval_count > 0, minimum(state.eval_best, eval_loss), eval_loss)
+    return _changed(
         state,
         eval_loss=eval_loss,
         eval_best=best,
         eval_count=state.eval_count + 1,
         eval_accuracy=eval_accuracy + 0.0 * state.eval_accuracy,
-        eval_best_accuracy=np.maximum(state.eval_best_accuracy, eval_accuracy),
+        eval_best_accuracy=maximum(state.eval_best_accuracy, eval_accuracy),
     )
 
 
@@ -258,11 +318,11 @@ class Moment:
 
     @property
     def log_decay(self) -> Array:
-        return np.log(self.learning_rate / self.peak_learning_rate)
+        return ln(self.learning_rate / self.peak_learning_rate)
 
     @property
     def loss_deviation(self) -> Array:
-        return np.sqrt(self.state.loss_variance + 1e-12)
+        return sqrt(self.state.loss_variance + 1e-12)
 
 
 def update_decision(
@@ -279,17 +339,18 @@ def update_decision(
     """
     s = signals
     count = state.decision_count + 1
-    gradient = np.sqrt(np.maximum(s["gg"], _EPS))
+    gradient = sqrt(maximum(s["gg"], _EPS))
+    floored_rate = maximum(learning_rate, 1e-30)
     first = count <= 1
     cos_gradients = cosine(s["gh"], s["gg"], s["hh"])
     cos_after = -cosine(s["gu"], s["gg"], s["uu"])
     cos_before = -cosine(s["hu"], s["hh"], s["uu"])
-    cos_displacements = np.where(first, 0.0, cosine(s["de"], s["dd"], s["ee"]))
-    return replace(
+    cos_displacements = where(first, 0.0, cosine(s["de"], s["dd"], s["ee"]))
+    return _changed(
         state,
         decision_count=count,
-        initial_gradient=np.where(state.initial_gradient == 0, gradient, state.initial_gradient),
-        loss_minimum=np.where(first, state.loss_fast, np.minimum(state.loss_minimum, state.loss_fast)),
+        initial_gradient=where(state.initial_gradient == 0, gradient, state.initial_gradient),
+        loss_minimum=where(first, state.loss_fast, minimum(state.loss_minimum, state.loss_fast)),
         gradient_fast=ema(state.gradient_fast, gradient, count, 0.3),
         gradient_slow=ema(state.gradient_slow, gradient, count, 0.08),
         cos_gradients_fast=ema(state.cos_gradients_fast, cos_gradients, count, 0.3),
@@ -303,19 +364,20 @@ def update_decision(
         cos_from_start=ema(state.cos_from_start, -cosine(s["gx"], s["gg"], s["xx"]), count, 0.2),
         descent_before=ema(state.descent_before, -s["hu"], count, 0.15),
         descent_after=ema(state.descent_after, -s["gu"], count, 0.15),
-        path=state.path + decision_interval * np.sqrt(np.maximum(s["uu"], _EPS)),
+        path=state.path + decision_interval * sqrt(maximum(s["uu"], _EPS)),
         squared_rate_free=state.squared_rate_free
-        + decision_interval * np.maximum(s["uu"], _EPS) / np.maximum(learning_rate, 1e-30) ** 2,
-        farthest=np.maximum(state.farthest, np.sqrt(np.maximum(s["xx"], _EPS))),
+        + decision_interval * maximum(s["uu"], _EPS) / (floored_rate * floored_rate),
+        farthest=maximum(state.farthest, sqrt(maximum(s["xx"], _EPS))),
     )
 
 
 def clean_signals(signals: Mapping[str, Array]) -> dict[str, Array]:
     """`signals` as float64 within +-1e18, NaN as 0."""
-    return {
-        name: np.clip(np.nan_to_num(np.asarray(signals[name], dtype=np.float64), nan=0.0), -1e18, 1e18)
-        for name in SIGNALS
-    }
+    return {name: clip(without_nan(_as_float64(signals[name])), -1e18, 1e18) for name in SIGNALS}
+
+
+def _as_float64(x: Array) -> Array:
+    return x.astype(np.float64, copy=False) if isinstance(x, np.ndarray) else float(x)
 
 
 def progress(m: Moment) -> Array:
@@ -325,7 +387,7 @@ def progress(m: Moment) -> Array:
 
 def run_length(m: Moment) -> Array:
     """Length of the run, (ln T - 6) / 2."""
-    return (np.log(m.num_training_steps) - 6.0) / 2.0
+    return (ln(m.num_training_steps) - 6.0) / 2.0
 
 
 def adaptive_optimizer(m: Moment) -> Array:
@@ -335,22 +397,22 @@ def adaptive_optimizer(m: Moment) -> Array:
 
 def epochs(m: Moment) -> Array:
     """Passes over the data, (ln epochs - 1) / 1.5: many passes overfit at rates that one pass needs."""
-    return (np.log(max(m.num_epochs, 1e-3)) - 1.0) / 1.5
+    return (ln(max(m.num_epochs, 1e-3)) - 1.0) / 1.5
 
 
 def decisions(m: Moment) -> Array:
     """Decisions since the last restart, (ln k - 2) / 1.5: how warm the averages are."""
-    return (np.log(np.maximum(m.state.decision_count, 1.0)) - 2.0) / 1.5
+    return (ln(maximum(m.state.decision_count, 1.0)) - 2.0) / 1.5
 
 
 def remaining(m: Moment) -> Array:
     """Share of the run that is left, ln(1 - t / T) / 2, at least ln(0.01) / 2."""
-    return np.log(max(1.0 - m.step / m.num_training_steps, 0.01)) / 2.0
+    return ln(max(1.0 - m.step / m.num_training_steps, 0.01)) / 2.0
 
 
 def last_change(m: Moment) -> Array:
     """Twice the change of ln(rate) at the last decision."""
-    return 2.0 * np.clip(m.last_change, -2.0, 2.0)
+    return 2.0 * clip(m.last_change, -2.0, 2.0)
 
 
 def gradient_agreement_fast(m: Moment) -> Array:
@@ -401,7 +463,7 @@ def pull_from_start(m: Moment) -> Array:
 def window_growth(m: Moment) -> Array:
     """ln(|d| / (K |u|)): 0 where the updates of a window all point the same way, -ln(K) / 2 for a random walk."""
     s = m.signals
-    return 0.5 * log(s["dd"] / (m.decision_interval**2 * np.maximum(s["uu"], _EPS)))
+    return 0.5 * log(s["dd"] / (m.decision_interval**2 * maximum(s["uu"], _EPS)))
 
 
 def straightness(m: Moment) -> Array:
@@ -422,13 +484,13 @@ def distance_over_gradients(m: Moment) -> Array:
 def loss_decrease(m: Moment) -> Array:
     """1.5 ln(fast loss / initial loss)."""
     state = m.state
-    return 1.5 * np.log(np.maximum(state.loss_fast, _LOSS_EPS) / np.maximum(state.initial_loss, _LOSS_EPS))
+    return 1.5 * ln(maximum(state.loss_fast, _LOSS_EPS) / maximum(state.initial_loss, _LOSS_EPS))
 
 
 def loss_above_minimum(m: Moment) -> Array:
     """3 ln(fast loss / lowest fast loss)."""
     state = m.state
-    return 3.0 * np.log(np.maximum(state.loss_fast, _LOSS_EPS) / np.maximum(state.loss_minimum, _LOSS_EPS))
+    return 3.0 * ln(maximum(state.loss_fast, _LOSS_EPS) / maximum(state.loss_minimum, _LOSS_EPS))
 
 
 def loss_trend(m: Moment) -> Array:
@@ -439,12 +501,12 @@ def loss_trend(m: Moment) -> Array:
 def loss_ratio(m: Moment) -> Array:
     """5 ln(slow loss / fast loss)."""
     state = m.state
-    return 5.0 * np.log(np.maximum(state.loss_slow, _LOSS_EPS) / np.maximum(state.loss_fast, _LOSS_EPS))
+    return 5.0 * ln(maximum(state.loss_slow, _LOSS_EPS) / maximum(state.loss_fast, _LOSS_EPS))
 
 
 def loss_noise(m: Moment) -> Array:
     """ln(standard deviation / slow loss) + 1.5."""
-    return np.log(m.loss_deviation / np.maximum(m.state.loss_slow, _LOSS_EPS)) + 1.5
+    return ln(m.loss_deviation / maximum(m.state.loss_slow, _LOSS_EPS)) + 1.5
 
 
 def gradient_now(m: Moment) -> Array:
@@ -477,20 +539,20 @@ def update_ratio_matrices(m: Moment) -> Array:
 def update_ratio_total(m: Moment) -> Array:
     """As `update_ratio_matrices`, for all weights taken as one vector."""
     s = m.signals
-    ratio = 0.5 * log(np.maximum(s["uu"], _EPS) / np.maximum(s["ww"], _EPS))
+    ratio = 0.5 * log(maximum(s["uu"], _EPS) / maximum(s["ww"], _EPS))
     return (ratio + s["matrix_width"] + s["matrix_count"] - m.log_decay + 2.5) / 3.0
 
 
 def distance_ratio(m: Moment) -> Array:
     """(ln(|x| / |initial weights|) + ln sqrt(width)) / 2."""
     s = m.signals
-    return (0.5 * log(np.maximum(s["xx"], _EPS) / np.maximum(s["initial"], _EPS)) + s["matrix_width"]) / 2.0
+    return (0.5 * log(maximum(s["xx"], _EPS) / maximum(s["initial"], _EPS)) + s["matrix_width"]) / 2.0
 
 
 def curvature(m: Moment) -> Array:
     """2 (a - b) / (|a| + |b|) with a, b the slopes along an update after and before it."""
     after, before = m.state.descent_after, m.state.descent_before
-    return 2.0 * (after - before) / (np.abs(after) + np.abs(before) + _EPS)
+    return 2.0 * (after - before) / (abs(after) + abs(before) + _EPS)
 
 
 def dead_gradients(m: Moment) -> Array:
@@ -506,7 +568,7 @@ def update_gain(m: Moment) -> Array:
     ln(|u| / (lr |h|)), which shows momentum and clipping.
     """
     s = m.signals
-    step = 0.5 * log(np.maximum(s["uu"], _EPS)) - np.log(np.maximum(m.learning_rate, 1e-30))
+    step = 0.5 * log(maximum(s["uu"], _EPS)) - ln(maximum(m.learning_rate, 1e-30))
     return step - s["size"] if m.adaptive else step - 0.5 * log(s["hh"])
 
 
@@ -518,15 +580,15 @@ def evaluated(m: Moment) -> Array:
 def generalization_gap(m: Moment) -> Array:
     """3 ln(loss on the controller's split / slow training loss), 0 without evaluations."""
     state = m.state
-    gap = 3.0 * np.log(np.maximum(state.eval_loss, _LOSS_EPS) / np.maximum(state.loss_slow, _LOSS_EPS))
-    return np.where(state.eval_count > 0, gap, 0.0)
+    gap = 3.0 * ln(maximum(state.eval_loss, _LOSS_EPS) / maximum(state.loss_slow, _LOSS_EPS))
+    return where(state.eval_count > 0, gap, 0.0)
 
 
 def eval_above_minimum(m: Moment) -> Array:
     """10 ln(loss on the controller's split / its lowest value), 0 without evaluations."""
     state = m.state
-    rise = 10.0 * np.log(np.maximum(state.eval_loss, _LOSS_EPS) / np.maximum(state.eval_best, _LOSS_EPS))
-    return np.where(state.eval_count > 0, rise, 0.0)
+    rise = 10.0 * ln(maximum(state.eval_loss, _LOSS_EPS) / maximum(state.eval_best, _LOSS_EPS))
+    return where(state.eval_count > 0, rise, 0.0)
 
 
 def accuracy_below_maximum(m: Moment) -> Array:
@@ -584,5 +646,8 @@ def feature_vector(moment: Moment) -> np.ndarray:
         `np.ndarray` of float64, shape `[*members, num_features]`, in the order of `FEATURE_NAMES`.
     """
     shape = np.shape(moment.state.loss_fast)
-    values = [np.broadcast_to(feature(moment), shape) for feature in FEATURES]
-    return np.clip(np.nan_to_num(np.stack(values, axis=-1), nan=0.0, posinf=_LIMIT, neginf=-_LIMIT), -_LIMIT, _LIMIT)
+    values = [feature(moment) for feature in FEATURES]
+    if shape:
+        values = [np.broadcast_to(value, shape) for value in values]
+    stacked = np.stack(values, axis=-1) if shape else np.array(values)
+    return without_nan(np.minimum(np.maximum(stacked, -_LIMIT), _LIMIT))

@@ -90,6 +90,8 @@ class Experiment:
         num_evaluations (`int`, *optional*): Evaluations spread over a run; the arguments' `eval_strategy` by default.
         launcher (`str`, *optional*): Command that starts the processes of one cell, such as
             `"accelerate launch --num_processes 2"`; by default a cell runs in the process that takes it.
+        subset_eval_samples (`int`, *optional*): Before and after training, evaluate on the seeded subset of so many
+            examples too, the one that `max_eval_samples` takes; its scores are called `eval_subset_*`.
         command (`str`): What the user typed, for the records; workers have another command line.
     """
 
@@ -99,6 +101,7 @@ class Experiment:
     alrs_config: ALRSConfig
     num_evaluations: int | None = None
     launcher: str | None = None
+    subset_eval_samples: int | None = None
     command: str = field(default_factory=_command)
 
 
@@ -286,10 +289,13 @@ def run_cell(
             training = {key: value for key, value in args.to_dict().items() if key not in _OF_THE_MACHINE}
             record["config"]["training"] = training | {"optim": optim, "num_processes": args.world_size}
             recorder.attach(trainer)
-            record["benchmark_results"] = _scores(trainer.evaluate(prepared.eval_dataset))
-            record["benchmark_results"].pop("epoch", None)
+            evaluation_sets = {"eval": prepared.eval_dataset}
+            if experiment.subset_eval_samples is not None:
+                smaller = replace(experiment.data, max_eval_samples=experiment.subset_eval_samples)
+                evaluation_sets["eval_subset"] = experiment.task.prepare(smaller).eval_dataset
+            record["benchmark_results"] = _evaluate_all(trainer, evaluation_sets)
             trainer.train()
-            record["results"] = _scores(trainer.evaluate(prepared.eval_dataset)) | {"epoch": trainer.state.epoch}
+            record["results"] = _evaluate_all(trainer, evaluation_sets) | {"epoch": trainer.state.epoch}
             recorder.average_over_processes()
         except Exception as error:
             record["status"] = "failed"
@@ -353,8 +359,11 @@ def crashed_record(experiment: Experiment, spec: RunSpec, error: str) -> dict[st
     return record | {"status": "failed", "error": error}
 
 
-def _scores(metrics: dict[str, float]) -> dict[str, float]:
-    return clean_scores({key: value for key, value in metrics.items() if key.startswith("eval_")})
+def _evaluate_all(trainer: Trainer, evaluation_sets: dict[str, Any]) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for prefix, dataset in evaluation_sets.items():
+        scores |= trainer.evaluate(dataset, metric_key_prefix=prefix)
+    return clean_scores({key: value for key, value in scores.items() if key.startswith("eval_")})
 
 
 def cell_arguments(experiment: Experiment, spec: RunSpec, prepared: PreparedTask, folder: str) -> TrainingArguments:

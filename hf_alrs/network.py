@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
@@ -213,6 +215,19 @@ class MetaLRNetwork(
     def correction(self, features: torch.Tensor) -> torch.Tensor:
         """`forward`, with values past +-6 saturating softly: 6 tanh(output / 6)."""
         return _OUTPUT_SCALE * torch.tanh(self(features) / _OUTPUT_SCALE)
+
+    def correction_of(self, features: np.ndarray) -> float:
+        """
+        `correction` of one feature vector, for weights on the CPU.
+
+        In numpy: over so few numbers torch takes ten times as long, which shows next to the step of a small model.
+        """
+        hidden = features.astype(np.float32)
+        *inner, last = (layer for layer in self.layers if isinstance(layer, nn.Linear))
+        for layer in inner:
+            hidden = np.maximum(layer.weight.detach().numpy() @ hidden + layer.bias.detach().numpy(), 0.0)
+        output = float((last.weight.detach().numpy() @ hidden + last.bias.detach().numpy())[0])
+        return _OUTPUT_SCALE * math.tanh(output / _OUTPUT_SCALE)
 
 
 def _card_sections(text: str) -> dict[str, str]:

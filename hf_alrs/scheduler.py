@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR, StepLR
 from transformers import SchedulerType
 
+from .averaging import WeightAverage
 from .config import ALRSConfig, InputError
 from .controller import FALLBACK, ALRSController, Decision
 from .features import FEATURE_NAMES, FEATURE_VERSION, SIGNALS
@@ -23,7 +25,7 @@ from .signals import SignalRecorder, is_sharded, sharded_like
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 _OWN_NAMES = ("alrs", "step", "exponential", "one_cycle")
 
 
@@ -32,6 +34,12 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _averages_weights_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer has modes of its own, as Schedule-Free has; those that a scheduler gave it do not count."""
+    switch = getattr(optimizer, "eval", None)
+    return callable(switch) and not isinstance(getattr(switch, "__self__", None), ALRSScheduler)
 
 
 def is_adaptive(optimizer: Optimizer) -> bool:
@@ -48,6 +56,10 @@ class ALRSScheduler(LRScheduler):
     mixed precision skips does not count, and calling `step()` twice (as accelerate does with several processes)
     advances once.
 
+    The optimizer gets the methods `eval()`, which puts the averaged weights into the model, and `train()`, which puts the
+    trained ones back; Trainer and accelerate call them around evaluations, a loop of your own does as with Schedule-Free.
+    After the last step the averaged weights are in the model.
+
     Args:
         optimizer (`torch.optim.Optimizer`): Any torch optimizer; accelerate's wrapper is seen through. Groups keep the
             ratios of their rates, and groups with rate 0 stay frozen.
@@ -55,7 +67,8 @@ class ALRSScheduler(LRScheduler):
         num_warmup_steps (`int`, *optional*, defaults to 0): Steps of linear warmup.
         config (`ALRSConfig`, *optional*): How the network drives.
         steps_per_epoch (`int`, *optional*): Optimizer steps in an epoch.
-        model (`torch.nn.Module`, *optional*): Lets a restart bring back buffers too (batch-norm statistics).
+        model (`torch.nn.Module`, *optional*): Lets a restart bring back buffers too, and the average take in batch-norm's
+            statistics.
 
     Attributes:
         history (`list[dict]`): One entry for each optimizer step since the last `drain_history`, written at decisions:
@@ -76,6 +89,8 @@ class ALRSScheduler(LRScheduler):
         self.config = config or ALRSConfig()
         self.model = model
         inner = unwrapped_optimizer(optimizer)
+        if _averages_weights_itself(inner):
+            self.config = replace(self.config, average_weights=False)
         rates = [float(group.get("initial_lr", group["lr"])) for group in inner.param_groups]
         self.controller = ALRSController(
             self.config,
@@ -87,6 +102,7 @@ class ALRSScheduler(LRScheduler):
         )
         self._inner = inner
         self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
+        self._average: WeightAverage | None = None
         self._parameters: list[torch.Tensor] = []
         self._find_parameters()
         if not self._parameters:
@@ -96,6 +112,9 @@ class ALRSScheduler(LRScheduler):
         self._initial: list[torch.Tensor] | None = None
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
         self._initial_buffers = [b.detach().clone() for b in model.buffers()] if model is not None else []
+        if self.config.average_weights:
+            self._average = WeightAverage(self._parameters, model, num_training_steps)
+            inner.eval, inner.train = self.show_average, self.hide_average
         self._snapshot: dict[str, Any] | None = None
         self._good: dict[str, Any] | None = None  # what a rollback goes back to, on the CPU
         self._told: set[str] = set()
@@ -159,6 +178,10 @@ class ALRSScheduler(LRScheduler):
             self._decide(step, self.flush(signals))
         if self.controller.restart_window_over(self._steps):
             self._initial = None
+        if self._average is not None and not self.controller.probing:
+            self._average.update(step)
+            if self._steps >= self.controller.num_training_steps:
+                self._average.show()
         self._set_rates()
         self.seconds += time.perf_counter() - start
 
@@ -217,9 +240,25 @@ class ALRSScheduler(LRScheduler):
         if self._optimizer_steps == self._steps:
             self._loss, self._micro_batches, self._grad_norm = None, 0, None
 
+    def show_average(self) -> None:
+        """Puts the averaged weights into the model, for an evaluation or to save them; also the optimizer's `eval()`."""
+        if self._average is not None:
+            self._average.show()
+
+    def hide_average(self) -> None:
+        """Puts the trained weights back; also the optimizer's `train()`."""
+        if self._average is not None:
+            self._average.hide()
+
     def close(self) -> None:
-        """Takes the hook off the optimizer; the rates stay where they are."""
+        """Takes the hook and the two methods off the optimizer; rates and weights stay where they are."""
         self._hook.remove()
+        if self._average is not None:
+            self._average.release()
+            self._average = None
+            for name in ("eval", "train"):
+                if getattr(getattr(self._inner, name, None), "__self__", None) is self:
+                    delattr(self._inner, name)
 
     def _find_parameters(self) -> None:
         """Looks up the parameters, which FSDP2 exchanges for sharded ones after the optimizer was made."""
@@ -234,6 +273,8 @@ class ALRSScheduler(LRScheduler):
             p is not q for p, q in zip(found, self._parameters, strict=True)
         ):
             self._parameters = found
+            if self._average is not None:
+                self._average = WeightAverage(found, self.model, self.controller.num_training_steps)
             if found:
                 self._recorder = SignalRecorder(found, self.config.max_signal_size)
 
@@ -246,6 +287,7 @@ class ALRSScheduler(LRScheduler):
         if skipped is not None and float(skipped) != 0:
             return
         start = time.perf_counter()
+        self.hide_average()
         scale = getattr(self._inner, "grad_scale", None)
         step = self._optimizer_steps
         if step == 0 and self._recorder.initial is None:
@@ -264,6 +306,8 @@ class ALRSScheduler(LRScheduler):
     def _decide(self, step: int, signals: Mapping[str, float]) -> None:
         decision = self.controller.decide(step, signals)
         self.last_decision = decision
+        if self._average is not None and (decision.action == "restart" or decision.guard == NON_FINITE):
+            self._average.reset()
         if decision.meta_loss is not None:
             self.last_meta_loss = decision.meta_loss
         if decision.action == "restart":
@@ -276,10 +320,14 @@ class ALRSScheduler(LRScheduler):
             self._bring_back(self._snapshot)
         elif decision.action == "rollback" and self._good is not None:
             self._bring_back(self._good)
+            if self._average is not None and "average" in self._good:
+                self._average.load_state_dict(self._good["average"])
         if decision.phase != "gather":
             self._snapshot = None
         if decision.good and self.config.rollback:
             kept = self._keep(torch.device("cpu"))
+            if self._average is not None:
+                kept["average"] = self._average.state_dict(torch.device("cpu"))
             # Signals are of the step before, on a part of the coordinates.
             if all(bool(t.isfinite().all()) for t in kept["tensors"]):
                 self._good = kept
@@ -385,6 +433,7 @@ class ALRSScheduler(LRScheduler):
             "initial": self._initial,
             "snapshot": self._snapshot,
             "good": self._good,
+            "average": self._average.state_dict() if self._average is not None else None,
             "rank": torch.distributed.get_rank() if any(map(is_sharded, self._parameters)) else None,
             "told": sorted(self._told),
             "steps": self._steps,
@@ -462,8 +511,12 @@ class ALRSScheduler(LRScheduler):
             if _is_first_process():
                 logger.warning(
                     "The checkpoint's copies of the weights are one process's shards: no restart or rollback goes back "
-                    "to before the resume."
+                    "to before the resume, and the average of the weights begins anew."
                 )
+        elif state_dict["average"] is not None:
+            # Without averaging from here on, the raw weights still have to come back.
+            average = self._average or WeightAverage(self._parameters, self.model, self.controller.num_training_steps)
+            average.load_state_dict(state_dict["average"])
         self._told = set(state_dict["told"])
         self._initial_buffers = []
         self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0

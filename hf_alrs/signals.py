@@ -120,20 +120,28 @@ class SignalRecorder:
         self._scale = torch.cat(
             [torch.full((k,), math.sqrt(p.numel() / k)) for k, p in zip(sizes, self.parameters, strict=True)]
         ).to(self.device)
+        self._all_read = all(stride == 1 for stride in self._strides)  # the scale is 1 everywhere
+        self._one_device = all(p.device == self.device for p in self.parameters)
         self._sizes = torch.tensor(sizes, device=self.device)
-        matrices = [i for i, p in enumerate(self.parameters) if p.dim() > 1]
-        self._matrices = torch.tensor(matrices, dtype=torch.long, device=self.device)
+        # Weight of each tensor in a mean over the matrices
+        is_matrix = torch.tensor([float(p.dim() > 1) for p in self.parameters], device=self.device)
+        num_matrices = int(is_matrix.sum())
+        self._matrix_share = is_matrix / max(num_matrices, 1)
         # Of sharded parameters alone; the others are whole on every process
         self._parts = [
             _LocalPart(p, stride) if is_sharded(p) else None
             for p, stride in zip(self.parameters, self._strides, strict=True)
         ]
         widths = [0.5 * math.log(min(p.shape[0], p.numel() // p.shape[0])) for p in self.parameters if p.dim() > 1]
-        self._constants = {
+        constants = {
             "matrix_width": sum(widths) / len(widths) if widths else 0.0,
-            "matrix_count": math.log(max(len(matrices), 1)),
+            "matrix_count": math.log(max(num_matrices, 1)),
             "size": 0.5 * math.log(sum(p.numel() for p in self.parameters)),
         }
+        self._measured = SIGNALS[: -len(constants)]
+        self._constants = torch.tensor(
+            [constants[name] for name in SIGNALS[len(self._measured) :]], dtype=torch.float64, device=self.device
+        )
         self.initial: torch.Tensor | None = None
         self._gradient: torch.Tensor | None = None  # one step before the decision
         self._weights: torch.Tensor | None = None
@@ -143,18 +151,24 @@ class SignalRecorder:
     def _gather(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         if any(self._parts):
             return self._gather_sharded(tensors).mul_(self._scale)
-        parts = [t.detach().reshape(-1)[::stride] for t, stride in zip(tensors, self._strides, strict=True)]
-        return torch.cat([part.to(self.device, torch.float32) for part in parts]).mul_(self._scale)
+        # A small model's step is hardly longer than a few dozen calls of torch, hence none that changes nothing.
+        parts = [t.reshape(-1) for t in tensors]
+        if not self._all_read:
+            parts = [part[::stride] for part, stride in zip(parts, self._strides, strict=True)]
+        if not self._one_device:
+            parts = [part.to(self.device) for part in parts]
+        values = torch.cat(parts).to(torch.float32)
+        return values if self._all_read else values.mul_(self._scale)
 
     def _gather_sharded(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         first = torch.distributed.get_rank() == 0
         shares = []
         for tensor, part, stride in zip(tensors, self._parts, self._strides, strict=True):
             if part is None:
-                share = tensor.detach().reshape(-1)[::stride]
+                share = tensor.reshape(-1)[::stride]
                 share = share if first else torch.zeros_like(share)
             else:
-                share = part.read(tensor.detach())
+                share = part.read(tensor)
             shares.append(share.to(self.device, torch.float32))
         values = torch.cat(shares)
         torch.distributed.all_reduce(values)
@@ -165,11 +179,13 @@ class SignalRecorder:
         gathered = self._gather([g.to_dense() if g.is_sparse else g for g in gradients])
         return gathered if scale is None else gathered / scale.to(self.device)
 
+    @torch.no_grad()
     def start(self) -> None:
         """Keeps the initial weights (the subsample of them)."""
         self.initial = self._gather(self.parameters)
         self._last_weights = self.initial
 
+    @torch.no_grad()
     def record_previous(self, scale: torch.Tensor | None = None) -> None:
         """
         Keeps the gradient and the weights of the step before a decision, before the optimizer moves them.
@@ -179,6 +195,7 @@ class SignalRecorder:
         """
         self._gradient, self._weights = self._gradients(scale), self._gather(self.parameters)
 
+    @torch.no_grad()
     def measure(self, scale: torch.Tensor | None = None) -> torch.Tensor | None:
         """
         Signals at the step of a decision, before the optimizer moves the weights.
@@ -200,7 +217,6 @@ class SignalRecorder:
         squares_w = torch.segment_reduce(w * w, "sum", lengths=self._sizes)
         zeros = torch.segment_reduce((g == 0).float(), "mean", lengths=self._sizes)
         ratio = 0.5 * ((squares_u + 1e-20) / (squares_w + 1e-20)).log()
-        none = g.new_zeros(())
         values = {
             "gg": g.dot(g),
             "gh": g.dot(h),
@@ -215,18 +231,11 @@ class SignalRecorder:
             "dd": d.dot(d),
             "de": d.dot(e),
             "ee": e.dot(e),
-            "matrix_update_ratio": ratio[self._matrices].mean() if len(self._matrices) else none,
-            "zero_gradient": zeros[self._matrices].mean() if len(self._matrices) else none,
+            "matrix_update_ratio": ratio.dot(self._matrix_share),
+            "zero_gradient": zeros.dot(self._matrix_share),
         }
         self._displacement, self._last_weights = d, w
-        measured = torch.stack([values[name] for name in SIGNALS if name in values]).double()
-        result = measured.new_empty(len(SIGNALS))
-        known = [i for i, name in enumerate(SIGNALS) if name in values]
-        result[known] = measured
-        for i, name in enumerate(SIGNALS):
-            if name in self._constants:
-                result[i] = self._constants[name]
-        return result
+        return torch.cat([torch.stack([values[name] for name in self._measured]).double(), self._constants])
 
     def reset(self) -> None:
         """Forgets all but the initial weights: the weights are back there."""

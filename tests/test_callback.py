@@ -94,7 +94,7 @@ routes = pytest.mark.parametrize("route", ROUTES)
 def test_the_logged_rate_is_the_one_in_use(
     route: str, schedule: dict[str, Any], tmp_path: Path, moving_config: Config
 ) -> None:
-    trainer = make_trainer(route, arguments(tmp_path, **schedule), moving_config())
+    trainer = make_trainer(route, arguments(tmp_path, **schedule), moving_config(average_weights=False))
     used = rates_used(trainer)
     trainer.train()
     history = history_of(tmp_path)
@@ -199,7 +199,7 @@ def test_the_users_own_scheduler_is_taken_over(tmp_path: Path, moving_config: Co
         model,
         arguments(tmp_path),
         train_dataset=tiny_dataset(),
-        callbacks=[ALRSCallback(moving_config())],
+        callbacks=[ALRSCallback(moving_config(average_weights=False))],
         optimizers=(optimizer, scheduler),
     )
     used = rates_used(trainer)
@@ -330,7 +330,7 @@ def test_the_exact_mean_loss_is_observed(
 
 @routes
 def test_accumulation_changes_nothing(route: str, tmp_path: Path, moving_config: Config) -> None:
-    runs = []
+    runs, weights = [], []
     for batch_size, accumulation in ((8, 1), (1, 8)):
         args = arguments(
             tmp_path / str(accumulation),
@@ -339,11 +339,15 @@ def test_accumulation_changes_nothing(route: str, tmp_path: Path, moving_config:
             optim="sgd",
             learning_rate=0.05,
         )
-        make_trainer(route, args, moving_config()).train()
+        trainer = make_trainer(route, args, moving_config())
+        trainer.train()
         runs.append(history_of(Path(args.output_dir)))
+        weights.append(weights_of(trainer.model))
     for key in ("loss", "learning_rate"):
         first, second = ([entry[key] for entry in run] for run in runs)
         assert second == pytest.approx(first, rel=2e-3), key
+    for x, y in zip(*weights, strict=True):  # the averaged ones
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-4)
 
 
 @routes
@@ -595,7 +599,11 @@ def test_a_network_that_changes_nothing_trains_as_the_linear_schedule(
     route: str, tmp_path: Path, network_folder: Callable[..., str]
 ) -> None:
     config = ALRSConfig(
-        network=network_folder(network_saying(0.0)), meta_num_epochs=0, feedback_interval=0, max_restarts=0
+        network=network_folder(network_saying(0.0)),
+        meta_num_epochs=0,
+        feedback_interval=0,
+        max_restarts=0,
+        average_weights=False,
     )
     plain = Trainer(tiny_classifier(), arguments(tmp_path / "plain"), train_dataset=tiny_dataset())
     plain.train()

@@ -65,9 +65,29 @@ def test_spans(name: str, text: str, expected: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "average_weights", "final_lr_ratio", "final_ratio"),
+    [
+        ([], True, None, 0.3),
+        (["--average_weights", "False"], False, None, 0.0),
+        (["--no_average_weights"], False, None, 0.0),
+        (["--final_lr_ratio", "0.1"], True, 0.1, 0.1),
+        (["--no_average_weights", "--final_lr_ratio", "0"], False, 0.0, 0.0),
+    ],
+)
+def test_averaging_is_set_on_the_command_line(
+    options: list[str], average_weights: bool, final_lr_ratio: float | None, final_ratio: float
+) -> None:
+    _, (_, alrs, _, _), _ = parse(options, TYPES, TASKS, "titanic")
+    config = alrs.to_config(0)
+    assert (config.average_weights, config.final_lr_ratio) == (average_weights, final_lr_ratio)
+    assert config.final_ratio == final_ratio
+
+
+@pytest.mark.parametrize(
     ("make", "field"),
     [
         (lambda: ALRSArguments(phase1_steps="soon").to_config(0), "phase1_steps"),
+        (lambda: ALRSArguments(final_lr_ratio=1.5).to_config(0), "final_lr_ratio"),
         (lambda: CompareArguments(schedulers=["linear", "lienar"]), "scheduler"),
         (lambda: CompareArguments(learning_rates=[-1.0]), "learning_rates"),
         (lambda: CompareArguments(jobs=0), "jobs"),

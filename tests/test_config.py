@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from typing import Any
 
@@ -61,6 +62,12 @@ def test_probes_default_to_seven_from_scratch_and_none_otherwise() -> None:
         ("min_lr", 10.0),
         ("anchor", -1.0),
         ("restart_window", 1.5),
+        ("average_weights", 1),
+        ("average_weights", None),
+        ("final_lr_ratio", -0.1),
+        ("final_lr_ratio", 1.5),
+        ("final_lr_ratio", math.nan),
+        ("final_lr_ratio", "0.3"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(name: str, value: Any) -> None:

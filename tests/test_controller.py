@@ -18,6 +18,12 @@ from hf_alrs.controller import ALRSController, Decision, control
 
 T, K, LR0 = 80, 4, 0.01
 LN10 = math.log(10.0)
+END = 0.3  # of the peak rate, where the decay ends when weights are averaged
+
+
+def decayed(progress: float, end: float = END) -> float:
+    """A line from 1 to `end`."""
+    return 1 - (1 - end) * progress
 
 
 def make_controller(
@@ -98,8 +104,8 @@ def test_phases_come_in_order_and_gather_keeps_the_rate() -> None:
     assert list(run.decisions) == list(range(K, T, K))
     assert [decision.phase for decision in run.decisions.values()] == ["gather", "fit", *["drive"] * 17]
     # A decision after the step with index 8 is the second one: rates up to that step are the script's own, decayed.
-    assert run.rates[: 2 * K + 1] == pytest.approx([LR0 * (1 - step / T) for step in range(2 * K + 1)])
-    assert run.rates[2 * K + 1] == pytest.approx(LR0 * math.e * (1 - 9 / T))
+    assert run.rates[: 2 * K + 1] == pytest.approx([LR0 * decayed(step / T) for step in range(2 * K + 1)])
+    assert run.rates[2 * K + 1] == pytest.approx(LR0 * math.e * decayed(9 / T))
     assert run.decisions[K].log_multiplier == 0.0
     assert all(len(decision.features) == 37 for decision in run.decisions.values())
 
@@ -157,18 +163,32 @@ def test_an_initial_rate_out_of_bounds_is_cut() -> None:
 # Shape of the rate
 
 
-def test_the_rate_decays_to_one_step_of_the_run() -> None:
-    rates = Run(make_controller(network_saying(1.0))).to(T).rates
+@pytest.mark.parametrize(
+    ("changed", "end"),
+    [
+        ({}, 0.3),
+        ({"average_weights": False}, 0.0),
+        ({"final_lr_ratio": 0.1}, 0.1),
+        ({"final_lr_ratio": 0.0}, 0.0),
+        ({"average_weights": False, "final_lr_ratio": 0.5}, 0.5),
+        ({"final_lr_ratio": 1.0}, 1.0),
+    ],
+    ids=str,
+)
+def test_the_rate_decays_along_a_line(changed: dict[str, Any], end: float) -> None:
+    """From the peak to `end` times it, after the last step: the last step is at one step of the line above `end`."""
+    rates = Run(make_controller(network_saying(1.0), **changed)).to(T).rates
     multiplier = 1.0 + 0.25 * 17
-    assert rates[-1] == pytest.approx(LR0 * math.exp(multiplier) / T)
-    assert make_controller().learning_rate(T) == 0.0
-    assert make_controller().learning_rate(T + 5) == 0.0  # never negative
+    assert rates[-1] == pytest.approx(LR0 * math.exp(multiplier) * (end + (1 - end) / T))
+    assert rates[: K + 1] == pytest.approx([LR0 * (1 - (1 - end) * step / T) for step in range(K + 1)])
+    assert make_controller(**changed).learning_rate(T) == pytest.approx(LR0 * end)
+    assert make_controller(**changed).learning_rate(T + 5) == pytest.approx(LR0 * end)  # it never goes below
 
 
 def test_warmup_rises_linearly() -> None:
     rates = Run(make_controller(num_warmup_steps=4)).to(6).rates
     warmup = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert rates == pytest.approx([LR0 * w * (1 - step / T) for step, w in enumerate(warmup)])
+    assert rates == pytest.approx([LR0 * w * decayed(step / T) for step, w in enumerate(warmup)])
 
 
 @pytest.mark.parametrize(
@@ -415,21 +435,23 @@ def test_probes_start_from_one_snapshot_and_anneal() -> None:
     assert run.decisions[48].network_change > 0
     assert run.decisions[52].phase == "drive"
     # After the probes the run's own decay is back
-    expected = 1e-3 * math.exp(run.decisions[48].log_multiplier) * (1 - 49 / 160)
+    expected = 1e-3 * math.exp(run.decisions[48].log_multiplier) * decayed(49 / 160)
     assert run.rates[49] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("best", [-3.45, 3.45])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_verdict_of_the_probes_moves_the_rate(best: float, seed: int) -> None:
-    controller = probing_controller(seed=seed, max_restarts=0)
-    run = Run(controller, loss=curve(best)).to(49)
-    assert controller._probe_verdict() == pytest.approx(best, abs=0.01)
-    assert controller.hindsight() == pytest.approx(best, abs=0.1)
-    got = run.decisions[48].log_multiplier
-    assert got / best > 0.4, f"the best rate is at {best:+.2f}, the first jump went to {got:+.2f}"
-    later = run.to(160).multipliers[-1]
-    assert abs(later - best) < 1.2, f"the best rate is at {best:+.2f}, the run ended at {later:+.2f}"
+    """With either decay; the features of the constant signals here suit the one to 0, which the run follows closer."""
+    for average_weights, distance in ((False, 1.2), (True, 1.7)):
+        controller = probing_controller(seed=seed, max_restarts=0, average_weights=average_weights)
+        run = Run(controller, loss=curve(best)).to(49)
+        assert controller._probe_verdict() == pytest.approx(best, abs=0.01)
+        assert controller.hindsight() == pytest.approx(best, abs=0.1)
+        got = run.decisions[48].log_multiplier
+        assert got / best > 0.4, f"the best rate is at {best:+.2f}, the first jump went to {got:+.2f}"
+        later = run.to(160).multipliers[-1]
+        assert abs(later - best) < distance, f"the best rate is at {best:+.2f}, the run ended at {later:+.2f}"
 
 
 def test_probes_that_diverge_are_survived() -> None:
@@ -437,7 +459,7 @@ def test_probes_that_diverge_are_survived() -> None:
     controller = probing_controller(max_restarts=0)
     run = Run(
         controller,
-        loss=lambda step, c: math.nan if c._probing and c.log_multiplier > 1 else loss(step, c),
+        loss=lambda step, c: math.nan if c.probing and c.log_multiplier > 1 else loss(step, c),
         signals=lambda step: healthy_signals(ww=math.nan if 33 <= step < 49 else 4.0),
     ).to(160)
     assert controller._probe_verdict() == pytest.approx(-3.45, abs=0.01)
@@ -454,7 +476,7 @@ def test_a_run_that_diverges_in_gather_is_not_probed() -> None:
 def test_a_short_run_does_not_end_inside_a_probe(num_training_steps: int) -> None:
     controller = ALRSController(ALRSConfig(network="scratch", hidden_sizes=(8,)), num_training_steps, LR0)
     Run(controller, loss=curve(0.0)).to(num_training_steps)
-    assert not controller._probing
+    assert not controller.probing
 
 
 def test_probes_are_compared_at_their_full_rates() -> None:

@@ -67,6 +67,11 @@ def make_trainer(route: str, args: TrainingArguments, config: ALRSConfig, **chan
     return ALRSTrainer(args=args, alrs_config=config, **common)
 
 
+def decayed(progress: Any) -> Any:
+    """The share of the peak rate at a progress: a line from 1 to 0.3, as the weights are averaged."""
+    return 0.3 + 0.7 * (1 - progress)
+
+
 def collated(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -167,7 +172,7 @@ def test_a_nan_batch_without_copies_ends_with_a_lowered_rate(
     history = check_run(tmp_path)
     found = [entry for entry in decisions_of(history) if entry["guard"] == "non_finite"]
     assert 0 <= found[0]["step"] - step <= 3
-    assert history[-1]["learning_rate"] < 0.01 * (1 - (NUM_STEPS - 1) / NUM_STEPS)
+    assert history[-1]["learning_rate"] < 0.01 * decayed((NUM_STEPS - 1) / NUM_STEPS)
     assert trainer.state.global_step == NUM_STEPS
 
 
@@ -191,8 +196,8 @@ def test_repeated_trouble_ends_in_a_plain_decay(
     first = phases.index("fallback")
     assert set(phases[first:]) == {"fallback"}
     rates = [entry["learning_rate"] for entry in history][first + 1 :]
-    steps = torch.arange(first + 1, NUM_STEPS) / NUM_STEPS
-    assert rates == pytest.approx((rates[0] / (1 - steps[0]) * (1 - steps)).tolist(), rel=1e-5)
+    shares = decayed(torch.arange(first + 1, NUM_STEPS) / NUM_STEPS)
+    assert rates == pytest.approx((rates[0] / shares[0] * shares).tolist(), rel=1e-5)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("hf_alrs")]
     assert len(told) == 2, "trouble and the plain decay, once each"
     assert is_finite(trainer.model)
@@ -451,14 +456,16 @@ def test_another_number_of_steps_on_resume(
     assert history[:at] == written
     rates = [entry["learning_rate"] for entry in history]
     # No jump but that of the decay, which is that of step `at` of the new length
-    decay = 1 - at / changed
+    decay = decayed(at / changed)
     if "log_multiplier" in written[-1]:  # the step of a decision, which the next rate is the first to follow
         expected = 0.01 * math.exp(written[-1]["log_multiplier"]) * decay
     else:
-        expected = rates[at - 1] / (1 - (at - 1) / NUM_STEPS) * decay
+        expected = rates[at - 1] / decayed((at - 1) / NUM_STEPS) * decay
     assert rates[at] == pytest.approx(expected)
     last = decisions_of(history)[-1]["log_multiplier"]
-    assert rates[-1] == pytest.approx(0.01 * math.exp(last) / changed), "the rate ends where the new length does"
+    assert rates[-1] == pytest.approx(0.01 * math.exp(last) * decayed((changed - 1) / changed)), (
+        "the rate ends where the new length does"
+    )
     assert len(decisions_of(history)) > len(decisions_of(written)) + 4
     assert is_finite(trainer.model)
     assert loss_of(trainer.model) < before

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +22,22 @@ from hf_alrs.features import (
     Moment,
     RunState,
     clean_signals,
+    clip,
     cosine,
     ema,
     feature_vector,
     initial_state,
+    isfinite,
+    ln,
+    log,
+    maximum,
+    minimum,
     restart_state,
+    sqrt,
     update_decision,
     update_evaluation,
     update_step,
+    without_nan,
 )
 
 
@@ -279,6 +290,36 @@ def test_a_restart_forgets_all_but_where_the_run_began() -> None:
         first, second = getattr(state, field.name)
         kept = field.name in ("initial_loss", "initial_count", "initial_gradient")
         assert (first, second) == (2.0 if kept else 0.0, 3.0), field.name
+
+
+_NUMBERS = (-math.inf, -2.0, -0.0, 0.0, 1e-30, 0.5, 1.0, 3.0, 1e300, math.inf, math.nan)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [sqrt, ln, isfinite, without_nan, log, partial(clip, low=-1.0, high=2.0)],
+    ids=["sqrt", "ln", "isfinite", "without_nan", "log", "clip"],
+)
+def test_floats_are_treated_as_arrays_are(function: Callable[[Any], Any]) -> None:
+    with np.errstate(all="ignore"):
+        expected = function(np.array(_NUMBERS))
+    np.testing.assert_allclose([function(x) for x in _NUMBERS], expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("function", [maximum, minimum])
+def test_the_larger_and_the_smaller_of_floats_and_of_arrays(function: Callable[[Any, Any], Any]) -> None:
+    x, y = (np.array(side) for side in zip(*itertools.product(_NUMBERS, repeat=2), strict=True))
+    got = [function(a, b) for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+    np.testing.assert_array_equal(got, function(x, y))
+
+
+def test_a_run_of_floats_stays_one() -> None:
+    state = update_evaluation(update_step(initial_state(), 2.0, 100, 3), 0.7, 0.6)
+    state = update_decision(state, clean_signals(dict.fromkeys(SIGNALS, 1.0)), 0.1, 3)
+    # numpy's own numbers take several times as long
+    assert {type(getattr(restart_state(state, mask), f.name)) for mask in (True, False) for f in fields(state)} == {
+        float
+    }
 
 
 def test_clean_signals_are_finite() -> None:

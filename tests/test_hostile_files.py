@@ -550,6 +550,17 @@ STATE_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "steps that are text": lambda s: s.update(steps="8"),
     "other parameters": lambda s: s["recorder"].update(initial=torch.zeros(3)),
     "groups that do not fit": lambda s: s.update(base_lrs=[0.1, 0.2, 0.3, 0.4]),
+    "no average": lambda s: s.pop("average"),
+    "an average that is a list": lambda s: s.update(average=[1]),
+    "an average without its weights": lambda s: s["average"].update(raw=None),
+    "an average of another model": lambda s: s["average"].update(average=[torch.zeros(3)]),
+    "averaged weights that are text": lambda s: s["average"].update(average="weights"),
+    "raw weights of another model": lambda s: s["average"].update(raw=s["average"]["raw"][:-1]),
+    "raw weights that are numbers": lambda s: s["average"].update(raw=[1.0, 2.0, 3.0, 4.0]),
+    "no count of updates": lambda s: s["average"].pop("num_updates"),
+    "updates that are text": lambda s: s["average"].update(num_updates="8"),
+    "updates below zero": lambda s: s["average"].update(num_updates=-17),
+    "no updates of an average": lambda s: s["average"].update(num_updates=0),
     "no version": lambda s: s.pop("alrs_state_version"),
     "another version": lambda s: s.update(alrs_state_version=99),
 }
@@ -614,12 +625,22 @@ def test_a_bad_file_of_the_bank_is_named(name: str, tmp_path: Path, mark: Path) 
 def test_a_cut_file_of_the_bank_is_named(tmp_path: Path) -> None:
     path = tmp_path / "group-000003.pt"
     grid = torch.linspace(-9.0, 0.0, 4)
-    save_group(Group(sample_spec(3), grid, torch.rand(1, 4), torch.rand(1, 4), [torch.rand(1, 200, 50)]), path)
+    outcomes = [torch.rand(1, 4) for _ in range(4)]
+    save_group(Group(sample_spec(3), grid, *outcomes, [torch.rand(1, 200, 50)]), path)
     assert load_group(path).num_tasks == 1
     whole = path.read_bytes()
     for share in (0.2, 0.5, 0.9):
         path.write_bytes(whole[: int(share * len(whole))])
         refused(lambda: load_group(path), "group-000003.pt")
+
+
+@pytest.mark.parametrize("name", ["loss", "error", "averaged_loss", "averaged_error"])
+def test_a_group_whose_tensors_do_not_fit_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "group-000003.pt"
+    shapes = dict.fromkeys(("loss", "error", "averaged_loss", "averaged_error"), (1, 4)) | {name: (1, 3)}
+    outcomes = {key: torch.rand(shape) for key, shape in shapes.items()}
+    save_group(Group(sample_spec(3), torch.linspace(-9.0, 0.0, 4), initial=[torch.rand(1, 5)], **outcomes), path)
+    refused(lambda: load_group(path), "group-000003.pt")
 
 
 # What tasks load

@@ -16,11 +16,12 @@ ROWS = (
     ("config", "features", "guard", "metrics", "statistics", "baselines", "range_test"),
     ("hub",),
     ("network", "signals"),
-    ("controller",),
+    ("controller", "averaging"),
     ("scheduler", "meta_training", "report"),
     ("callback", "cards"),
     ("experiment",),
     ("matrix",),
+    ("evidence",),
     ("cli",),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}

@@ -21,13 +21,18 @@ from hf_alrs.network import MetaLRNetwork
 
 @pytest.fixture
 def group() -> Group:
-    """One task with two classes and a grid of four rates; chance is a loss of ln 2 and an error of 0.5."""
+    """
+    One task with two classes and a grid of four rates; chance is a loss of ln 2 and an error of 0.5. With averaging the
+    best run is better still, and the second one worse.
+    """
     chance = math.log(2)
     return Group(
         spec=replace(sample_spec(0, 1.0), num_classes=2),
         log_rates=torch.tensor([-4.0, -3.0, -2.0, -1.0]),
         loss=torch.tensor([[chance, chance / 2, chance / 4, 5.0]]),
         error=torch.tensor([[0.5, 0.3, 0.1, 0.5]]),
+        averaged_loss=torch.tensor([[chance, chance / 2, chance / 8, 5.0]]),
+        averaged_error=torch.tensor([[0.5, 0.4, 0.08, 0.5]]),
         initial=[],
     )
 
@@ -35,11 +40,17 @@ def group() -> Group:
 def test_regret_is_0_for_the_best_run_and_1_for_chance(group: Group) -> None:
     # half-way: loss excess (1/2 - 1/4) / (3/4) = 1/3, error excess (0.3 - 0.1) / 0.4 = 1/2; their mean is 5/12.
     # diverged: the loss is capped at 2 ln 2 + 1, its excess is over 1.5 and is cut there; the error is chance.
-    torch.testing.assert_close(group.grid_regret, torch.tensor([[1.0, 5 / 12, 0.0, 1.25]]))
+    annealed = group.regret(group.loss, group.error)
+    torch.testing.assert_close(annealed, torch.tensor([[1.0, 5 / 12, 0.0, 1.25]]))
+    # Of averaged runs, by the same scale: error excess (0.4 - 0.1) / 0.4 = 3/4 with the loss's 1/3; below 0 where
+    # averaging is better than the best annealed run, (1/8 - 1/4) / (3/4) = -1/6 and (0.08 - 0.1) / 0.4 = -1/20.
+    expected = torch.tensor([[1.0, (1 / 3 + 3 / 4) / 2, (-1 / 6 - 1 / 20) / 2, 1.25]])
+    torch.testing.assert_close(group.grid_regret, expected)
 
 
 def test_curve_is_smoothed_and_weight_grows_with_what_can_be_learnt(group: Group) -> None:
-    expected = [0.25 * 1 + 0.5 * 1 + 0.25 * 5 / 12, 0.25 + 0.5 * 5 / 12, 0.25 * 5 / 12 + 0.25 * 1.25, 0.75 * 1.25]
+    a, b, c, d = 1.0, 13 / 24, -13 / 120, 1.25
+    expected = [0.75 * a + 0.25 * b, 0.25 * a + 0.5 * b + 0.25 * c, 0.25 * b + 0.5 * c + 0.25 * d, 0.25 * c + 0.75 * d]
     torch.testing.assert_close(group.curve, torch.tensor([expected]))
     assert group.weight.tolist() == [1.0]  # gains 3/4 of the loss at chance, over 0.4
     weak = replace(group, loss=torch.full((1, 4), 0.95 * math.log(2)))
@@ -110,10 +121,13 @@ def test_a_group_survives_its_file(tmp_path: Path) -> None:
     save_group(group, group_path(tmp_path, 3))
     again = load_group(group_path(tmp_path, 3))
     assert again.spec == group.spec
-    torch.testing.assert_close(again.loss, group.loss)
     population = again.population(16)
-    loss, _ = population.run_fixed(group.log_rates, "linear")
-    torch.testing.assert_close(loss.view(1, 16), group.loss)
+    for name, options in (("", {}), ("averaged_", {"final_ratio": 0.3, "average": True})):
+        for kind, got in zip(("loss", "error"), population.run_fixed(group.log_rates, **options), strict=True):
+            stored = getattr(group, f"{name}{kind}")
+            torch.testing.assert_close(getattr(again, f"{name}{kind}"), stored)
+            torch.testing.assert_close(got.view(1, 16), stored)
+    assert not torch.equal(group.averaged_loss, group.loss)
 
 
 def test_summary_is_weighted_over_tasks_that_can_be_learnt() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import network_saying, scratch_network
@@ -50,6 +51,15 @@ def test_the_correction_saturates_at_six() -> None:
             network.layers[-1].bias.fill_(bias)
         assert network.correction(features).item() == pytest.approx(expected, abs=1e-4)
     assert network_saying(2.5).correction(features).item() == pytest.approx(2.5, abs=1e-5)
+
+
+def test_the_correction_of_one_vector_is_that_of_many() -> None:
+    network = scratch_network(seed=1, hidden_sizes=(16, 8), scale=2.0)
+    rows = np.random.default_rng(0).uniform(-4.0, 4.0, size=(20, len(FEATURE_NAMES)))
+    expected = network.correction(torch.from_numpy(rows).float()).tolist()
+    assert np.ptp(expected) > 0.1
+    for row, together in zip(rows, expected, strict=True):
+        assert network.correction_of(row) == pytest.approx(together, abs=1e-5)
 
 
 def test_scratch_networks_depend_on_their_seed_alone() -> None:

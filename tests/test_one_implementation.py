@@ -1,6 +1,6 @@
 """
 Meta-training and the product are one implementation: the same small task, once as a member of a population and once as
-a torch model with a torch optimizer and [`ALRSScheduler`], gives the same features and the same rates.
+a torch model with a torch optimizer and [`ALRSScheduler`], gives the same features, rates, weights and averaged weights.
 
 A network is only as good as the match between what it was trained on and what it reads.
 """
@@ -20,7 +20,7 @@ from torch import nn
 from hf_alrs import ALRSConfig, ALRSScheduler, MetaLRNetwork
 from hf_alrs.features import FEATURE_NAMES
 from hf_alrs.meta_training.population import Population, TaskSpec
-from hf_alrs.meta_training.rollout import rollout
+from hf_alrs.meta_training.rollout import Rollout, rollout
 
 
 T = 160
@@ -56,11 +56,15 @@ def make_optimizer(model: MLP, spec: TaskSpec, rate: float) -> torch.optim.Optim
     return torch.optim.SGD(groups, lr=rate, momentum=0.9 if spec.optimizer == "sgdm" else 0.0)
 
 
+def flat_weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def product_run(
     population: Population, rate: float, config: ALRSConfig, num_evaluations: int
-) -> tuple[list[dict[str, Any]], MLP]:
-    """The history of the task as a torch training loop."""
-    spec = population.spec
+) -> tuple[list[dict[str, Any]], torch.Tensor, torch.Tensor]:
+    """The task as a torch training loop: its history, the weights it leaves in the model, and those it trained."""
+    spec, T = population.spec, population.spec.num_training_steps
     model = MLP(population)
     optimizer = make_optimizer(model, spec, rate)
     scheduler = ALRSScheduler(optimizer, T, config=config, steps_per_epoch=population.steps_per_epoch, model=model)
@@ -76,13 +80,34 @@ def product_run(
         scheduler.step()
         optimizer.zero_grad()
         if (step + 1) % every == 0:
+            scheduler.show_average()
             with torch.no_grad():
                 logits = model(population._inputs["controller"][0])
+            if step + 1 < T:  # as a loop does before it goes on
+                scheduler.hide_average()
             labels = population._labels["controller"][0]
             loss = nn.functional.cross_entropy(logits, labels)
             scheduler.observe_evaluation(loss, float((logits.argmax(-1) == labels).float().mean()))
     scheduler.flush()
-    return scheduler.history, model
+    left = flat_weights(model)
+    scheduler.hide_average()
+    return scheduler.history, left, flat_weights(model)
+
+
+def rollout_with_average(
+    population: Population, rate: float, network: MetaLRNetwork, config: ALRSConfig, num_evaluations: int
+) -> tuple[Rollout, torch.Tensor | None]:
+    """A rollout of one member, and its averaged weights at the end."""
+    buffers: list[torch.Tensor] = []
+    update = population.update_average
+
+    def spy(average: torch.Tensor, num_updates: np.ndarray) -> None:
+        update(average, num_updates)
+        buffers[:] = [average]
+
+    population.update_average = spy
+    result = rollout(population, torch.tensor([math.log(rate)]), network, config, num_evaluations=num_evaluations)
+    return result, torch.cat([x[0] for x in population.split(buffers[0])]) if buffers else None
 
 
 def network_with_a_say() -> MetaLRNetwork:
@@ -111,18 +136,30 @@ CASES = {
     "sgd": ({"optimizer": "sgd"}, 1e-2, 0),
     "adam, far too high": ({"optimizer": "adam"}, 0.5, 8),
     "momentum, far too high": ({"optimizer": "sgdm", "activation": "relu"}, 0.6, 0),
+    # two steps for each update of the average
+    "sgd, long": ({"optimizer": "sgd", "num_training_steps": 600}, 1e-2, 8),
 }
+RUNS = [(case, True) for case in CASES] + [("adam", False), ("momentum, far too high", False)]
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_population_and_product_agree(case: str, network_folder: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("case", "average"), RUNS, ids=[case + ("" if average else ", not averaged") for case, average in RUNS]
+)
+def test_population_and_product_agree(case: str, average: bool, network_folder: Callable[..., str]) -> None:
     options, rate, num_evaluations = CASES[case]
     population = Population(TaskSpec(**(MLP_SPEC | options)), 1, 1)
+    T = population.spec.num_training_steps
     network = network_with_a_say()
-    config = ALRSConfig(network=network_folder(network), num_probes=0, meta_num_epochs=0, feedback_interval=0)
-    expected = rollout(population, torch.tensor([math.log(rate)]), network, config, num_evaluations=num_evaluations)
+    config = ALRSConfig(
+        network=network_folder(network),
+        num_probes=0,
+        meta_num_epochs=0,
+        feedback_interval=0,
+        average_weights=average,
+    )
+    expected, averaged = rollout_with_average(population, rate, network, config, num_evaluations)
     weights = torch.cat([x[0] for x in population.split(population.weights)])
-    history, model = product_run(population, rate, config, num_evaluations)
+    history, left, trained = product_run(population, rate, config, num_evaluations)
 
     decisions = [entry for entry in history if "features" in entry]
     assert len(decisions) == len(expected.features)
@@ -145,8 +182,13 @@ def test_population_and_product_agree(case: str, network_folder: Callable[..., s
     for step in range(T):
         if (step - 1) // interval < len(expected.log_rates):
             peak = expected.log_rates[max(0, math.ceil(step / interval) - 1), 0]
-            want = math.exp(peak) * (1 - step / T)
+            want = math.exp(peak) * (0.3 + 0.7 * (1 - step / T) if average else 1 - step / T)
             assert history[step]["learning_rate"] == pytest.approx(want, rel=2e-3), f"rate of step {step}"
 
-    got = torch.cat([p.detach().flatten() for p in model.parameters()])
-    torch.testing.assert_close(got, weights, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(trained, weights, rtol=2e-3, atol=2e-3)
+    if average:
+        torch.testing.assert_close(left, averaged, rtol=2e-3, atol=2e-3)
+        assert (left - trained).abs().max() > 1e-3, "the two must differ, or agreement means little"
+    else:
+        assert averaged is None
+        assert torch.equal(left, trained)

@@ -4,6 +4,7 @@ import json
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,23 +264,73 @@ def test_average_formula():
     population = Population(TaskSpec(**MLP, optimizer="sgd"), 1, 1)
     average = torch.full_like(population.weights, -7.0)
     expected = 0.0
-    for step, value in enumerate([1.0, 2.0, 4.0]):
+    for num_updates, value in enumerate([1.0, 2.0, 4.0]):
         population.weights.fill_(value)
-        population.update_average(average, step)
-        expected += 17 / (17 + step) * (value - expected)
+        population.update_average(average, np.array([num_updates]))
+        expected += 17 / (17 + num_updates) * (value - expected)
     # 1, then 1 + 17/18 = 1.9444, then 1.9444 + 17/19 * 2.0556 = 3.7836
     assert expected == pytest.approx(3.7836, abs=1e-4)
     torch.testing.assert_close(average, torch.full_like(average, expected))
 
 
+@pytest.mark.parametrize("old", [-7.0, math.inf, math.nan])
+def test_the_first_update_of_a_member_replaces_what_was_there(old):
+    """A member that is restarted after it diverged begins its average anew, the others go on."""
+    population = Population(TaskSpec(**MLP, optimizer="sgd"), 1, 3)
+    average = torch.ones_like(population.weights)
+    population.weights.fill_(2.0)
+    for block in population.split(average):
+        block[1] = old
+    population.update_average(average, np.array([1, 0, 2]))
+    for index, expected in enumerate([1 + 17 / 18, 2.0, 1 + 17 / 19]):
+        got = member(population, average, index)
+        torch.testing.assert_close(got, torch.full_like(got, expected))
+
+
 def test_run_fixed_prefers_a_sensible_rate_and_averages():
     population = Population(TaskSpec(**{**MLP, "num_training_steps": 60}, optimizer="adam"), 1, 3)
     rates = torch.tensor([1e-6, 1e-2, 30.0]).log()
-    loss, error, averaged_loss, averaged_error = population.run_fixed(rates, "constant", average=True)
+    loss, error = population.run_fixed(rates)
+    averaged_loss, averaged_error = population.run_fixed(rates, 0.3, average=True)
     assert loss.argmin() == 1
     assert averaged_loss.argmin() == 1
     assert loss.shape == error.shape == averaged_loss.shape == averaged_error.shape == (3,)
-    assert len(population.run_fixed(rates, "linear")) == 2
+
+
+@pytest.mark.parametrize("final_ratio", [0.0, 0.3, 1.0])
+def test_fixed_runs_decay_to_the_final_ratio_and_average_what_they_pass(final_ratio):
+    """60 steps, 3 of them of warmup: the rate of step s is peak (r + (1 - r) (60 - s) / 57), and 60 updates."""
+    population = Population(TaskSpec(**{**MLP, "num_training_steps": 60}, optimizer="sgd"), 1, 2)
+    rates = torch.tensor([0.03, 0.3])
+    raw, averaged = (population.run_fixed(rates.log(), final_ratio, average)[0].clone() for average in (False, True))
+    population.reset()
+    mean = None
+    for step in range(60):
+        decay = final_ratio + (1 - final_ratio) * min(1.0, (60 - step) / 57)
+        step_once(population, rates * (min(1.0, (step + 1) / 3) * decay), step)
+        share = 17 / (17 + step)
+        weights = population.weights.clone()
+        mean = weights if mean is None else (1 - share) * mean + share * weights
+    torch.testing.assert_close(population.evaluate()[0], raw)
+    torch.testing.assert_close(population.evaluate(weights=mean)[0], averaged, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(raw, averaged)
+
+
+def test_long_fixed_runs_average_at_intervals():
+    """600 steps are 2 an update: the average holds the weights after steps 2, 4, ..., 600 alone."""
+    population = Population(TaskSpec(**{**MLP, "num_training_steps": 600}, optimizer="sgd"), 1, 1)
+    rates = torch.tensor([0.1])
+    expected = population.run_fixed(rates.log(), 1.0, average=True)[0].clone()
+    population.reset()
+    mean, count = None, 0
+    for step in range(600):
+        step_once(population, rates * min(1.0, (step + 1) / 30), step)
+        if step % 2 == 1:
+            weights = population.weights.clone()
+            mean = weights if mean is None else mean + 17 / (17 + count) * (weights - mean)
+            count += 1
+    assert count == 300
+    torch.testing.assert_close(population.evaluate(weights=mean)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_buffers_and_parameter_descriptions():

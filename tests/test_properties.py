@@ -92,6 +92,8 @@ VALID = {
     "seed": st.integers(0, 2**31),
     "guard_patience": st.integers(1, 3),
     "rollback": st.booleans(),
+    "average_weights": st.booleans(),
+    "final_lr_ratio": st.none() | st.floats(0, 1),
 }
 ANY = st.floats(allow_nan=True, allow_infinity=True)
 # The square of a larger loss overflows, see `test_a_huge_loss_is_taken_silently`.

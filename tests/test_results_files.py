@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,33 @@ def test_a_file_follows_its_schema(path: Path) -> None:
 )
 def test_the_schema_refuses_what_is_none(content: dict[str, Any]) -> None:
     assert not validator().is_valid(content)
+
+
+def measured(text: str) -> tuple[set[tuple[str, str]], set[str]]:
+    """Figures as `mean ± standard deviation`, and the other ones of three decimals or more."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    pairs = re.findall(r"(\d+\.\d+)\s*±\s*(\d+\.\d+)", text)
+    rest = re.sub(r"\d+\.\d+\s*±\s*\d+\.\d+", "", text)
+    return set(pairs), set(re.findall(r"(?<![\d.])\d+\.\d{3,}(?![\d.])", rest))
+
+
+def says(shown: str, stored: str) -> bool:
+    """Whether the stored figure, which may be rounded itself, is the shown one to its digits."""
+    digits = len(shown.split(".")[1])
+    stored_digits = len(stored.split(".")[1])
+    # A figure that was rounded twice may be off by as much again
+    slack = 0.5 * 10**-digits + (0.5 * 10**-stored_digits if stored_digits > digits else 0)
+    return abs(float(shown) - float(stored)) <= slack + 1e-12
+
+
+def test_every_figure_in_readme_is_in_a_file_of_results() -> None:
+    readme = (FOLDER.parent / "README.md").read_text()
+    results = readme[readme.index("\n## Results\n") : readme.index("\n## Caveats\n")]
+    pairs, singles = measured(results)
+    assert pairs or singles
+    texts = [path.read_text() for path in FOLDER.rglob("*.md")]
+    stored_pairs = set().union(*(measured(text)[0] for text in texts))
+    stored_singles = measured((FOLDER / "README.md").read_text())[1]
+    missing = {p for p in pairs if not any(says(p[0], s[0]) and says(p[1], s[1]) for s in stored_pairs)}
+    missing |= {n for n in singles if not any(says(n, s) for s in stored_singles)}
+    assert not missing

@@ -46,7 +46,7 @@ X = torch.linspace(-1, 1, 8)
 
 @pytest.fixture
 def quiet(network_folder: Callable[..., str]) -> Config:
-    """A configuration whose network always says the same, and is never trained."""
+    """A configuration whose network always says the same, and is never trained; the decay ends at 0."""
 
     def make(says: float = 0.0, **changed: Any) -> ALRSConfig:
         defaults: dict[str, Any] = {
@@ -56,6 +56,7 @@ def quiet(network_folder: Callable[..., str]) -> Config:
             "meta_num_epochs": 0,
             "feedback_interval": 0,
             "max_restarts": 0,
+            "average_weights": False,
         }
         return ALRSConfig(**(defaults | changed))
 

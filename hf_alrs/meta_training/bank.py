@@ -1,8 +1,9 @@
 """
 The bank: every group of small tasks, run once over a grid of peak rates.
 
-A run of the grid has a *regret*: 0 for the best run of its task, 1 for chance. Regret over log peak rate is what the
-network is trained on, because it tells how much a wrong rate costs, which differs widely between tasks.
+A run has a *regret*: 0 for the best run of its task's grid with linear decay, 1 for chance. Regret of averaged runs over
+log peak rate is what the network is trained on, because it tells how much a wrong rate costs, which differs widely
+between tasks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import InputError
+from ..config import AVERAGED_FINAL_LR_RATIO, InputError
 from .data import make_data
 from .population import GRID_SIZE, Population
 from .spec import TaskSpec, sample_spec
@@ -35,7 +36,9 @@ class Group:
     Args:
         spec (`TaskSpec`): What the tasks share.
         log_rates (`Tensor` of shape `[grid_size]`): Natural logarithms of the peak rates, evenly spaced.
-        loss, error (`Tensor` of shape `[num_tasks, grid_size]`): On the eval split, at the end of a linear decay.
+        loss, error (`Tensor` of shape `[num_tasks, grid_size]`): On the eval split, at the end of a linear decay to 0.
+        averaged_loss, averaged_error (`Tensor` of shape `[num_tasks, grid_size]`): The same of averaged weights, at the
+            end of the decay to `AVERAGED_FINAL_LR_RATIO` that goes with averaging.
         initial (`list[Tensor]`): Initial weights, `[num_tasks, *shape]` each (pre-training is not run again).
     """
 
@@ -43,6 +46,8 @@ class Group:
     log_rates: Tensor
     loss: Tensor
     error: Tensor
+    averaged_loss: Tensor
+    averaged_error: Tensor
     initial: list[Tensor]
 
     @property
@@ -69,8 +74,8 @@ class Group:
 
     @property
     def grid_regret(self) -> Tensor:
-        """Regret of the runs of the grid, `[num_tasks, grid_size]`."""
-        return self.regret(self.loss, self.error)
+        """Regret of the averaged runs of the grid, `[num_tasks, grid_size]`; below 0 where averaging beats annealing."""
+        return self.regret(self.averaged_loss, self.averaged_error)
 
     @property
     def curve(self) -> Tensor:
@@ -99,12 +104,16 @@ def run_group(seed: int, num_tasks: int, max_cost: float | None) -> Group:
     """Runs the grid of the group that `seed` draws."""
     population = Population(sample_spec(seed, max_cost), num_tasks, GRID_SIZE)
     grid = population.learning_rate_grid
-    loss, error = population.run_fixed(grid.repeat(num_tasks), "linear")
+    rates, shape = grid.repeat(num_tasks), (num_tasks, GRID_SIZE)
+    loss, error = population.run_fixed(rates)
+    averaged_loss, averaged_error = population.run_fixed(rates, AVERAGED_FINAL_LR_RATIO, average=True)
     return Group(
         spec=population.spec,
         log_rates=grid.clone(),
-        loss=loss.view(num_tasks, GRID_SIZE).clone(),
-        error=error.view(num_tasks, GRID_SIZE).clone(),
+        loss=loss.view(shape).clone(),
+        error=error.view(shape).clone(),
+        averaged_loss=averaged_loss.view(shape).clone(),
+        averaged_error=averaged_error.view(shape).clone(),
         initial=population._get_initial(),
     )
 
@@ -121,6 +130,8 @@ def save_group(group: Group, path: Path) -> None:
             "log_rates": group.log_rates,
             "loss": group.loss,
             "error": group.error,
+            "averaged_loss": group.averaged_loss,
+            "averaged_error": group.averaged_error,
             "initial": group.initial,
         },
         temporary,
@@ -165,7 +176,8 @@ def load_group(path: Path) -> Group:
     try:
         group = Group(**{**stored, "spec": TaskSpec(**stored["spec"])})
         shape = (group.loss.shape[0], len(group.log_rates))
-        good = group.loss.shape == group.error.shape == shape and all(len(w) == shape[0] for w in group.initial)
+        outcomes = (group.loss, group.error, group.averaged_loss, group.averaged_error)
+        good = all(x.shape == shape for x in outcomes) and all(len(w) == shape[0] for w in group.initial)
     except (TypeError, AttributeError, IndexError, ValueError) as error:
         raise InputError(str(path), path.name, f"holds no group of tasks ({error}).", "Delete the file.") from error
     if not good:

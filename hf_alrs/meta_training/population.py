@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..averaging import update_interval, update_share
 from .data import TaskData, make_data
 from .spec import POPULATION_VERSION, TaskSpec, estimate_cost, sample_spec
 
@@ -28,7 +30,6 @@ GRID = {"adam": (-5.0, -0.5), "adamw": (-5.0, -0.5), "sgdm": (-4.0, 0.5), "sgd":
 GRID_SIZE = 16
 MAX_LOSS = 50.0
 MOMENTUM, BETA2, EPSILON = 0.9, 0.999, 1e-8
-AVERAGE_GAMMA = 16
 WARMUP_SHARE = 0.05
 UPSTREAM_RATES = (2e-3, 6e-3)
 UPSTREAM_HELD_OUT = 256
@@ -432,7 +433,7 @@ class Population:
         )
         upstream = Population(upstream_spec, self.num_tasks, len(UPSTREAM_RATES), self.device, upstream_data)
         rates = torch.tensor(UPSTREAM_RATES, device=self.device).log().repeat(self.num_tasks)
-        loss, _ = upstream.run_fixed(rates, "linear")
+        loss, _ = upstream.run_fixed(rates)
         self.upstream_loss, best = loss.view(self.num_tasks, -1).min(1)
         best = best + torch.arange(self.num_tasks, device=self.device) * len(UPSTREAM_RATES)
         initial = [x[best].clone() for x in upstream._shaped(upstream.weights)]
@@ -618,40 +619,44 @@ class Population:
         return loss, error / n
 
     @torch.no_grad()
-    def update_average(self, average: Tensor, step: int) -> None:
+    def update_average(self, average: Tensor, num_updates: np.ndarray) -> None:
         """
-        Polynomial-decay averaging, in place; the first step replaces whatever `average` held.
+        Averages the weights (see [`hf_alrs.averaging`]), in place; a member's first update replaces what was there.
 
         Args:
             average (`Tensor`): The flat buffer of the average.
-            step (`int`): Steps before the one whose weights come in.
+            num_updates (`np.ndarray` of shape `[num_members]`): Updates of each member before this one.
         """
-        average.lerp_(self.weights, (AVERAGE_GAMMA + 1) / (step + AVERAGE_GAMMA + 1))
+        share = torch.from_numpy(update_share(num_updates)).float().to(self.device)
+        first = torch.from_numpy(num_updates == 0).to(self.device) if (num_updates == 0).any() else None
+        for mean, weight in zip(self.split(average), self.split(self.weights), strict=True):
+            if first is not None:  # copied, because what is not finite stays so under any share
+                mean[first] = weight[first]
+            mean.lerp_(weight, share[:, None])
 
-    def run_fixed(self, log_lr: Tensor, decay: str, average: bool = False) -> tuple[Tensor, ...]:
+    def run_fixed(self, log_lr: Tensor, final_ratio: float = 0.0, average: bool = False) -> tuple[Tensor, Tensor]:
         """
-        A whole run from the initial weights at given peak rates, with 5 % linear warmup.
+        A whole run from the initial weights at given peak rates, with 5 % linear warmup and a linear decay.
 
         Args:
             log_lr (`Tensor`): Natural logarithm of the peak rate of each member.
-            decay (`str`): `"linear"` (to 0) or `"constant"`.
-            average (`bool`, *optional*, defaults to `False`): Whether to average the weights as well.
+            final_ratio (`float`, *optional*, defaults to 0): Rate at the end of the decay over the peak rate.
+            average (`bool`, *optional*, defaults to `False`): Whether to evaluate averaged weights.
 
         Returns:
-            `tuple[Tensor, ...]`: Loss and error on the eval split, then with `average` those of the average.
+            `tuple[Tensor, Tensor]`: Loss and error on the eval split.
         """
         total = self.spec.num_training_steps
         warmup = max(1, int(WARMUP_SHARE * total))
         peak = log_lr.to(self.device).exp()
-        averaged = self.initial_weights.clone() if average else None
+        averaged, num_updates = self.initial_weights.clone() if average else None, np.zeros(self.size)
         self.reset()
         for step in range(total):
-            factor = min(1.0, (step + 1) / warmup)
-            if decay == "linear":
-                factor *= min(1.0, (total - step) / (total - warmup))
+            decay = min(1.0, (total - step) / (total - warmup))
+            factor = min(1.0, (step + 1) / warmup) * (final_ratio + (1.0 - final_ratio) * decay)
             self.loss_and_gradient(step)
             self.optimizer_step(peak * factor)
-            if averaged is not None:
-                self.update_average(averaged, step)
-        result = self.evaluate()
-        return result + self.evaluate(weights=averaged) if averaged is not None else result
+            if averaged is not None and (step + 1) % update_interval(total) == 0:
+                self.update_average(averaged, num_updates)
+                num_updates += 1
+        return self.evaluate(weights=averaged)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..averaging import update_interval
 from ..config import ALRSConfig, steps_of
-from ..controller import WARM_DECISIONS, control, decision_interval_of
+from ..controller import WARM_DECISIONS, control, decay, decision_interval_of
 from ..features import (
     SIGNALS,
     Moment,
@@ -43,7 +44,7 @@ class Rollout:
         features (`np.ndarray` of shape `[num_decisions, num_members, num_features]`): Features at each decision.
         log_rates (`np.ndarray` of shape `[num_decisions, num_members]`): ln of the peak rate in force.
         progress (`np.ndarray` of shape `[num_decisions]`): Share of the run that was over.
-        loss, error (`Tensor` of shape `[num_members]`): On the eval split at the end.
+        loss, error (`Tensor` of shape `[num_members]`): On the eval split at the end, of averaged weights if those are on.
         restarts (`np.ndarray` of shape `[num_members]`): How often each member went back to its initial weights.
     """
 
@@ -148,6 +149,8 @@ def rollout(
     first_jump = max(1, math.ceil(steps_of(config.phase1_steps, total) / interval))
     evaluate_every = max(1, total // num_evaluations) if num_evaluations else total + 1
     population.reset()
+    averaged = population.initial_weights.clone() if config.average_weights else None
+    num_updates = np.zeros(size)
     probe = _Probe(population)
     state = initial_state((size,))
     initial = log_rates.double().cpu().numpy()
@@ -157,7 +160,7 @@ def rollout(
     kept: list[tuple[np.ndarray, np.ndarray, float]] = []
     for step in range(total):
         loss = population.loss_and_gradient(step)
-        rate = np.exp(initial + offset) * (1.0 - step / total)
+        rate = np.exp(initial + offset) * decay(config, step / total)
         population.optimizer_step(torch.from_numpy(rate).float().to(population.device))
         values = loss.double().cpu().numpy()
         finite &= np.isfinite(values) & (values <= loss_cap(state))
@@ -166,7 +169,7 @@ def rollout(
             signals = probe.measure()
             finite &= np.isfinite(signals["ww"]) & np.isfinite(signals["gg"])
             signals = clean_signals(signals)
-            previous = np.maximum(np.exp(initial + offset) * (1.0 - (step - 1) / total), 1e-30)
+            previous = np.maximum(np.exp(initial + offset) * decay(config, (step - 1) / total), 1e-30)
             state = update_decision(state, signals, previous, interval)
             features = feature_vector(
                 Moment(
@@ -214,12 +217,16 @@ def rollout(
                 mask = torch.from_numpy(restart).to(population.device)
                 population.restart(mask)
                 probe.reset(mask)
+                num_updates[restart] = 0
         if (step + 1) % interval == 0:
             probe.record_previous()
+        if averaged is not None and (step + 1) % update_interval(total) == 0:
+            population.update_average(averaged, num_updates)
+            num_updates += 1
         if (step + 1) % evaluate_every == 0:
-            eval_loss, eval_error = population.evaluate("controller")
+            eval_loss, eval_error = population.evaluate("controller", averaged)
             state = update_evaluation(state, eval_loss.double().cpu().numpy(), 1.0 - eval_error.double().cpu().numpy())
-    loss, error = population.evaluate()
+    loss, error = population.evaluate(weights=averaged)
     empty = not kept
     return Rollout(
         features=np.zeros((0, size, 0)) if empty else np.stack([k[0] for k in kept]).astype(np.float32),

@@ -13,11 +13,11 @@ from typing import Any
 from ..config import InputError
 from .pages import render_html, render_markdown
 from .plots import draw_plots
-from .runs import REPORT_FILE, group_by_task, load_runs, read_result, validate_result
+from .runs import REPORT_FILE, Run, group_by_task, load_runs, read_result, validate_result
 from .summary import json_ready, summarize
 
 
-__all__ = ["build_report", "load_runs", "read_result", "summarize", "validate_result"]
+__all__ = ["build_report", "load_runs", "read_result", "summarize", "validate_result", "write_report"]
 
 PLOTS_FOLDER = "plots"
 
@@ -44,10 +44,36 @@ def build_report(
         [`InputError`]: A folder or file that cannot be used, by name.
     """
     folders = [results_dir] if isinstance(results_dir, (str, Path)) else list(results_dir)
-    runs = load_runs(map(Path, folders))
-    summary = summarize(runs, target)
-    plots = draw_plots(group_by_task(runs), summary)
     output = Path(output_dir if output_dir is not None else folders[0])
+    return write_report(load_runs(map(Path, folders)), output, target)
+
+
+def write_report(
+    runs: list[Run],
+    output: Path,
+    target: float | None = None,
+    judged: str | None = None,
+    evidence: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """
+    Writes the report of these runs.
+
+    Args:
+        runs (`list[Run]`): From [`load_runs`].
+        output (`Path`): Folder of the report.
+        target (`float`, *optional*): A score, such as an accuracy, that every run is timed to as well.
+        judged (`str`, *optional*): The scheduler that the others are compared with, `alrs` by default.
+        evidence (`dict`, *optional*): What a plan says of its studies, see `hf_alrs.evidence.report`; the page then has
+            its title, its idea and its tables too.
+
+    Returns:
+        `dict[str, Any]`: The content of `results.json`.
+    """
+    told = evidence["studies"] if evidence else {}
+    summary = summarize(runs, target, judged, {name: study["learning_rate"] for name, study in told.items()})
+    if evidence is not None:
+        summary["evidence"] = evidence
+    plots = draw_plots(group_by_task(runs, judged=judged), summary)
     if (output / PLOTS_FOLDER).is_symlink():  # as results from elsewhere may hold: figures would be written past it
         raise InputError("output_dir", str(output / PLOTS_FOLDER), "is a link, and no folder.", "Remove it.")
     (output / PLOTS_FOLDER).mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import html
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -452,14 +452,67 @@ def _markdown_code(text: str) -> str:
     return text.replace("```", "` ` `")
 
 
+def _studies_table(evidence: dict[str, Any]) -> Table:
+    rows = [
+        [
+            Cell(name),
+            Cell(study["title"]),
+            Cell(study["recipe"]),
+            Cell(study["caption"]),
+            Cell(format_rate(study["learning_rate"])),
+            Cell(f"{study['num_runs']} of {study['num_planned']}"),
+            Cell(_duration(study["run_seconds"])),
+        ]
+        for name, study in evidence["studies"].items()
+    ]
+    return Table(
+        "The studies. Wall-clock is the sum over runs, of which several may have run at a time.",
+        ["Study", "What", "Recipe", "Size", "Initial rate of the recipe", "Runs", "Wall-clock"],
+        rows,
+        5,
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{seconds / 60:.1f} min"
+
+
+def _changes_tables(evidence: dict[str, Any]) -> list[Table]:
+    return [
+        Table(
+            f"{name}: {study['recipe']} beside {study['updated']}; what is not named is the same.",
+            ["Option", "Original", "Updated"],
+            [[Cell(option), Cell(before), Cell(after)] for option, before, after in study["changes"]],
+            3,
+        )
+        for name, study in evidence["studies"].items()
+        if study["changes"]
+    ]
+
+
 def _context(summary: dict[str, Any], plots: list[Plot]) -> dict[str, Any]:
     names = list(summary["tasks"])
+    evidence = summary.get("evidence")
 
     def figures(section: str, task: str | None = None) -> list[Plot]:
         return [plot for plot in plots if plot.section == section and plot.task == task]
 
+    def captioned(tables: list[Table], name: str) -> list[Table]:
+        """With the size of the runs in each caption, where a plan says it."""
+        if evidence is None:
+            return tables
+        return [replace(table, caption=f"{table.caption} {evidence['studies'][name]['caption']}") for table in tables]
+
     return {
-        "title": f"Learning-rate schedulers on {', '.join(names)}",
+        "title": evidence["title"] if evidence else f"Learning-rate schedulers on {', '.join(names)}",
+        "idea": evidence["idea"] if evidence else [],
+        "studies": _studies_table(evidence) if evidence else None,
+        "changes": _changes_tables(evidence) if evidence else [],
+        "commands": [
+            {"name": name, "lines": study["commands"]}
+            for name, study in (evidence["studies"] if evidence else {}).items()
+        ],
         "num_runs": summary["plan"]["num_runs"],
         "num_failed": len(summary["failures"]),
         "dictionaries": _dictionaries(summary),
@@ -468,9 +521,9 @@ def _context(summary: dict[str, Any], plots: list[Plot]) -> dict[str, Any]:
         "tasks": [
             {
                 "name": name,
-                "tables": [_scheduler_table(summary, name), _convergence_table(summary, name)],
+                "tables": captioned([_scheduler_table(summary, name), _convergence_table(summary, name)], name),
                 "figures": {part: figures(part, name) for part in ("schedulers", "traces", "targets", "differences")},
-                "differences": _difference_tables(summary, name),
+                "differences": captioned(_difference_tables(summary, name), name),
             }
             for name in names
         ],

@@ -13,7 +13,7 @@ import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -634,3 +634,58 @@ def draw_plots(tasks: list[TaskRuns], summary: dict[str, Any]) -> list[Plot]:
             if figure is not None:
                 plots.append(Plot(_slug(name), section, caption, _svg(figure)))
     return plots
+
+
+# --- over several reports ---------------------------------------------------------------------------------------------
+
+
+class RatePanel(NamedTuple):
+    """Curves of one panel: scheduler -> (initial rate, mean, standard deviation), where the last two may be nan."""
+
+    title: str
+    ylabel: str
+    reference: str
+    curves: dict[str, list[tuple[float, float, float]]]
+
+
+def draw_rate_panels(panels: list[RatePanel]) -> str:
+    """
+    Final scores against the initial learning rate, a panel beside the other.
+
+    Args:
+        panels (`list[RatePanel]`): At least one.
+
+    Returns:
+        `str`: The drawing as SVG.
+    """
+    names = sorted(dict.fromkeys(name for panel in panels for name in panel.curves), key=is_baseline)
+    judged = [name for name in names if not is_baseline(name)]
+    styles = {name: Style(REFERENCE_COLOR, DASHES[i % len(DASHES)], MARKERS[i], 2.2) for i, name in enumerate(judged)}
+    for index, name in enumerate(filter(is_baseline, names)):
+        color = BASELINE_COLORS[index % len(BASELINE_COLORS)]
+        styles[name] = Style(color, "solid", MARKERS[(index + 1) % len(MARKERS)], 1.6)
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    with matplotlib.rc_context({**defaults, **_RC}):
+        figure = Figure(figsize=(3.1 * len(panels), 2.6), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            axes.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold")
+            axes.set_xscale("log")
+            axes.set_xlabel("initial learning rate")
+            axes.set_ylabel(panel.ylabel)
+            axes.grid(color=GRID, linewidth=0.7)
+            for name, points in panel.curves.items():
+                style, (rates, means, deviations) = styles[name], np.array(sorted(points)).T
+                finite = np.isfinite(means)
+                axes.errorbar(
+                    rates[finite],
+                    means[finite],
+                    np.nan_to_num(deviations[finite]),
+                    marker=style.marker,
+                    markersize=4.5,
+                    elinewidth=1,
+                    **style.line(),
+                )
+            _log_rates(axes.xaxis, [rate for points in panel.curves.values() for rate, _, _ in points])
+            _linear(axes.yaxis)
+        _legend(figure, [_line_handle(styles[name], name, marker=True) for name in names])
+        return _svg(figure)

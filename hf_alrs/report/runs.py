@@ -254,11 +254,13 @@ class TaskRuns:
         name (`str`): The task.
         runs (`list[Run]`): Its runs, in the order of [`load_runs`].
         target (`float`, *optional*): A score to time every run to, besides what the best tuned baseline reaches.
+        judged (`str`, *optional*): The scheduler that the others are compared with, where it was run.
     """
 
     name: str
     runs: list[Run]
     target: float | None = None
+    judged: str | None = None
 
     @cached_property
     def score(self) -> str:
@@ -310,9 +312,9 @@ class TaskRuns:
 
     @cached_property
     def reference(self) -> str | None:
-        """What the others are compared with: `alrs`, or its first variant where only those were run."""
+        """What the others are compared with: `judged`, else `alrs`, or its first variant where only those were run."""
         variants = [name for name in self.schedulers if not is_baseline(name)]
-        return REFERENCE if REFERENCE in variants else next(iter(variants), None)
+        return next((name for name in (self.judged, REFERENCE) if name in variants), next(iter(variants), None))
 
     @cached_property
     def best_baseline(self) -> tuple[str, float] | None:
@@ -343,9 +345,9 @@ class TaskRuns:
         return self.targets | ({} if self.target is None else {f"{self.score} (given)": self.target})
 
 
-def group_by_task(runs: Iterable[Run], target: float | None = None) -> list[TaskRuns]:
+def group_by_task(runs: Iterable[Run], target: float | None = None, judged: str | None = None) -> list[TaskRuns]:
     """The runs of [`load_runs`], one [`TaskRuns`] for each task."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.task, []).append(run)
-    return [TaskRuns(name, group, target) for name, group in groups.items()]
+    return [TaskRuns(name, group, target, judged) for name, group in groups.items()]

@@ -9,7 +9,7 @@ missed, a run that diverged) or null (not measured), since JSON has no word for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -295,6 +295,8 @@ def _all_schedulers(tasks: list[TaskRuns]) -> list[str]:
 
 
 def _overall(tasks: list[TaskRuns]) -> dict[str, Any]:
+    # A single run beside comparisons has nothing to say about schedulers
+    tasks = [task for task in tasks if any(map(is_baseline, task.schedulers))] or tasks
     schedulers = _all_schedulers(tasks)
     reference = next((task.reference for task in tasks if task.reference), None)
     names, times = profile_times(tasks)
@@ -618,10 +620,10 @@ def _clock_free(scores: dict[str, float] | None, clock: bool) -> dict[str, float
     return {key: value for key, value in scores.items() if key.endswith(_CLOCK_SUFFIXES) == clock}
 
 
-def _shown_run(task: TaskRuns) -> Run:
-    """The run whose dictionaries head the report: ALRS at its best rate, the first seed that completed."""
+def _shown_run(task: TaskRuns, rate: float | None) -> Run:
+    """The run whose dictionaries head the report: ALRS at this or its best rate, the first seed that completed."""
     scheduler = task.reference or (task.best_baseline or (task.schedulers[0],))[0]
-    runs = task.tuned_runs(scheduler)
+    runs = task.cells.get((scheduler, rate)) or task.tuned_runs(scheduler)
     return next((run for run in runs if run.completed), runs[0])
 
 
@@ -629,19 +631,27 @@ def _map_tasks(tasks: list[TaskRuns], value: Callable[[TaskRuns], Any]) -> dict[
     return {task.name: value(task) for task in tasks}
 
 
-def summarize(runs: list[Run], target: float | None = None) -> dict[str, Any]:
+def summarize(
+    runs: list[Run],
+    target: float | None = None,
+    judged: str | None = None,
+    shown_rates: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """
     Everything the report says, as the content of `results.json`.
 
     Args:
         runs (`list[Run]`): Stored runs of one or several tasks, from [`load_runs`].
         target (`float`, *optional*): A score that every run is timed to as well.
+        judged (`str`, *optional*): The scheduler that the others are compared with, `alrs` by default.
+        shown_rates (`Mapping[str, float]`, *optional*): Task -> initial rate of the run whose dictionaries are shown, its
+            best one by default.
 
     Returns:
         `dict[str, Any]`: Python floats throughout, `inf` and `nan` included; see [`json_ready`].
     """
-    tasks = group_by_task(runs, target)
-    shown = _map_tasks(tasks, _shown_run)
+    tasks = group_by_task(runs, target, judged)
+    shown = _map_tasks(tasks, lambda task: _shown_run(task, (shown_rates or {}).get(task.name)))
     cells = _map_tasks(tasks, lambda task: [_cell(task, *cell) for cell in task.cells])
     timings = _map_tasks(tasks, lambda task: [_cell_timing(task, *cell) for cell in task.cells])
     comparisons = _map_tasks(tasks, _comparisons)

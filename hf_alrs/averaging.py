@@ -1,0 +1,162 @@
+"""
+Averaging of the weights along a run, in the place of most of the decay of the learning rate.
+
+Polynomial-decay averaging (Shamir and Zhang, 2013): the weights of the k-th update count in proportion to k^gamma, so
+that about the last 1 / (gamma + 1) of the run is averaged at any time, whatever its length. The raw weights are trained
+on; the averaged ones are evaluated, saved, and left in the model at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from .signals import is_sharded
+
+
+GAMMA = 16
+# Updates in a run: a dozen within the last 1 / (GAMMA + 1), and little work next to the optimizer's
+_UPDATES = 256
+
+
+def update_interval(num_training_steps: int) -> int:
+    """Optimizer steps between updates of the average."""
+    return max(1, num_training_steps // _UPDATES)
+
+
+def update_share(num_updates: int | np.ndarray) -> float | np.ndarray:
+    """Weight of the newest weights, (gamma + 1) / (k + gamma + 1) after k updates: 1 for the first."""
+    return (GAMMA + 1) / (num_updates + GAMMA + 1)
+
+
+class WeightAverage:
+    """
+    The average of a model's trained weights and of its batch-norm statistics.
+
+    Costs one copy of the weights (in single precision where they have less), and a second one for as long as the average
+    is in the model.
+
+    Args:
+        parameters (`list[Tensor]`): Trained parameters; of sharded ones each process averages its own part.
+        model (`torch.nn.Module`, *optional*): For the running statistics of batch-norm, which belong to the weights.
+        num_training_steps (`int`): Length of the run in optimizer steps.
+
+    Attributes:
+        in_model (`bool`): Whether the model holds the average now.
+    """
+
+    def __init__(self, parameters: list[Tensor], model: torch.nn.Module | None, num_training_steps: int):
+        self._parameters = parameters
+        # By name, as moving a model to its device exchanges its buffers
+        self._statistics = [
+            (module, name)
+            for module in (model.modules() if model is not None else ())
+            if isinstance(module, _NormBase) and module.track_running_stats
+            for name in ("running_mean", "running_var")
+            if getattr(module, name) is not None
+        ]
+        self._interval = update_interval(num_training_steps)
+        self._num_updates = 0
+        self._average: list[Tensor] | None = None
+        self._raw: list[Tensor] | None = None
+
+    @property
+    def in_model(self) -> bool:
+        return self._raw is not None
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after the `step`-th optimizer step (counted from 0), if an update is due."""
+        if (step + 1) % self._interval:
+            return
+        weights = self._weights()
+        if self._average is None:
+            self._average = [w.to(_precise(w.dtype), copy=True) for w in weights]
+        else:
+            same = [w.to(a.dtype) for w, a in zip(weights, self._average, strict=True)]
+            torch._foreach_lerp_(self._average, same, update_share(self._num_updates))
+        self._num_updates += 1
+
+    def reset(self) -> None:
+        """Forgets the average: the weights went back, or are damaged."""
+        self._average, self._num_updates = None, 0
+
+    @torch.no_grad()
+    def show(self) -> None:
+        """Puts the average into the model, if there is one."""
+        if self._average is None or self.in_model:
+            return
+        weights = self._weights()
+        self._raw = [w.clone() for w in weights]
+        for weight, average in zip(weights, self._average, strict=True):
+            weight.copy_(average)
+
+    @torch.no_grad()
+    def hide(self) -> None:
+        """Puts the raw weights back."""
+        if self._raw is not None:
+            for weight, raw in zip(self._weights(), self._raw, strict=True):
+                weight.copy_(raw)
+            self._raw = None
+
+    def release(self) -> None:
+        """Leaves the model as it is and frees the copies."""
+        self._raw = self._average = None
+
+    def state_dict(self, device: torch.device | None = None) -> dict[str, Any]:
+        """
+        The average as tensors and plain Python values, and the raw weights where the model holds the average.
+
+        Args:
+            device (`torch.device`, *optional*): Copies there; without it, the tensors themselves, without those that the
+                model holds exactly.
+        """
+        if device is not None:
+            average = None if self._average is None else [a.to(device, copy=True) for a in self._average]
+            return {"num_updates": self._num_updates, "average": average, "raw": None}
+        exact = self.in_model and all(a.dtype == w.dtype for a, w in zip(self._average, self._weights(), strict=True))
+        return {
+            "num_updates": self._num_updates,
+            "average": None if exact else self._average,
+            "raw": self._raw,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Takes over what `state_dict` gave, and puts the raw weights into the model.
+
+        Raises:
+            `ValueError`: If its tensors do not fit the weights.
+        """
+        weights = self._weights()
+        for name in ("average", "raw"):
+            if state[name] is not None and [t.shape for t in state[name]] != [w.shape for w in weights]:
+                raise ValueError(f"the {name} weights are of another model")
+        num_updates, average, raw = state["num_updates"], state["average"], state["raw"]
+        if num_updates < 0 or (num_updates > 0) != (average is not None or raw is not None):
+            raise ValueError(f"{num_updates} updates of the average do not fit its weights")
+        if num_updates > 0 and average is None:
+            average = weights  # the model was loaded from the same checkpoint, which holds the average
+        self._num_updates = num_updates + 0
+        self._average = (
+            None
+            if average is None
+            else [a.to(w.device, _precise(w.dtype), copy=True) for a, w in zip(average, weights, strict=True)]
+        )
+        for weight, value in zip(weights, raw or (), strict=raw is not None):
+            weight.copy_(value)
+        self._raw = None
+
+    def _weights(self) -> list[Tensor]:
+        sources = [*self._parameters, *(getattr(module, name) for module, name in self._statistics)]
+        return [t.to_local() if is_sharded(t) else t.detach() for t in sources]
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    """Half precision would lose the small changes of an average."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

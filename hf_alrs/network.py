@@ -56,8 +56,8 @@ callback = ALRSCallback(ALRSConfig(network="{{ network | default("the folder of 
 ## Limits
 
 It was trained on small models and short runs; larger models and longer runs are extrapolation. The number of steps of a
-run must be known in advance: a linear decay to zero is part of the rate that it drives. It fits the version of the
-features in `config.json` alone.
+run must be known in advance: a decay is part of the rate that it drives, and so is the averaging of weights. It fits the
+version of the features in `config.json` alone.
 """
 
 

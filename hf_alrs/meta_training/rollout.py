@@ -211,13 +211,13 @@ def rollout(
             last_change, offset = target - offset, target
             highest = np.where(restart, offset, np.maximum(highest, offset))
             restarts += restart
+            num_updates[restart | ~finite] = 0
             finite = np.ones(size, dtype=bool)
             if restart.any():
                 state = restart_state(state, restart)
                 mask = torch.from_numpy(restart).to(population.device)
                 population.restart(mask)
                 probe.reset(mask)
-                num_updates[restart] = 0
         if (step + 1) % interval == 0:
             probe.record_previous()
         if averaged is not None and (step + 1) % update_interval(total) == 0:

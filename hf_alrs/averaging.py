@@ -68,16 +68,18 @@ class WeightAverage:
     def in_model(self) -> bool:
         return self._raw is not None
 
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after the `step`-th optimizer step (counted from 0) are to be taken in."""
+        return (step + 1) % self._interval == 0
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes in the weights after the `step`-th optimizer step (counted from 0), if an update is due."""
-        if (step + 1) % self._interval:
-            return
+    def update(self) -> None:
+        """Takes in the present weights."""
         weights = self._weights()
         if self._average is None:
             self._average = [w.to(_precise(w.dtype), copy=True) for w in weights]
         else:
-            same = [w.to(a.dtype) for w, a in zip(weights, self._average, strict=True)]
+            same = [w if w.dtype == a.dtype else w.to(a.dtype) for w, a in zip(weights, self._average, strict=True)]
             torch._foreach_lerp_(self._average, same, update_share(self._num_updates))
         self._num_updates += 1
 

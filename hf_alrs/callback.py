@@ -33,6 +33,7 @@ CONTROLLER = "controller"
 # Examples in one evaluation of the controller's split: this share of the examples that the run sees, within bounds. A
 # forward pass costs a third of a step, so ten of them add about 5 % to the shortest runs and less to longer ones.
 _CONTROLLER_SHARE, _CONTROLLER_SAMPLES = 0.015, (64, 512)
+_SECONDS_BETWEEN_WRITES = 1.0
 # Where our state travels inside the state of the scheduler that Trainer owns and checkpoints
 _STATE_KEY = "alrs_state"
 
@@ -75,6 +76,7 @@ class ALRSCallback(TrainerCallback):
         self._forward_hook: Any = None
         self._loss_seen = False
         self._loss_missed = False
+        self._next_write = 0.0  # time from which on the history may be written again
 
     def on_train_begin(
         self,
@@ -172,7 +174,7 @@ class ALRSCallback(TrainerCallback):
                 "computes it outside the model). The network decides from gradients and weights alone; use ALRSTrainer, "
                 "which sees every loss."
             )
-        self._write_history(args, state)
+        self._write_history(args, state, wait=not control.should_save)
 
     def _controller_is_due(self, state: TrainerState, control: TrainerControl) -> bool:
         number = self.config.controller_evaluations
@@ -195,7 +197,11 @@ class ALRSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._prepare_save(control)
-        self._write_history(args, state)
+        self._write_history(args, state, wait=not control.should_save)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.scheduler is not None:
+            self._write_history(args, state)  # a run that resumes from here goes on after these lines
 
     def on_evaluate(
         self,
@@ -226,12 +232,19 @@ class ALRSCallback(TrainerCallback):
             self._forward_hook.remove()
             self._forward_hook = None
 
-    def _write_history(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _write_history(self, args: TrainingArguments, state: TrainerState, wait: bool = False) -> None:
+        """
+        Writes what the scheduler has gathered; with `wait` at most once a second, because opening the file takes as long
+        as half a step of a very small model.
+        """
+        if not self.scheduler.history or (wait and time.monotonic() < self._next_write):
+            return
+        self._next_write = time.monotonic() + _SECONDS_BETWEEN_WRITES
         entries = self.scheduler.drain_history()
         self.phases += [entry["phase"] for entry in entries]
-        if entries and self.write_history and state.is_world_process_zero:
+        if self.write_history and state.is_world_process_zero:
             with open(Path(args.output_dir) / HISTORY_NAME, "a") as file:
-                file.writelines(json.dumps(strict_json(entry)) + "\n" for entry in entries)
+                file.writelines(_json_line(entry) for entry in entries)
 
 
 class ALRSTrainer(Trainer):
@@ -372,6 +385,16 @@ def _refuse_deepspeed_scheduler(args: TrainingArguments) -> None:
             "the DeepSpeed configuration holds a scheduler, which would override ALRS.",
             "Take the `scheduler` section out of it.",
         )
+
+
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    try:
+        return _ENCODER.encode(entry) + "\n"
+    except ValueError:  # a number that is not finite, which is rare: looking for one takes longer than to encode
+        return _ENCODER.encode(strict_json(entry)) + "\n"
 
 
 def strict_json(value: Any) -> Any:

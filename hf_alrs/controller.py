@@ -31,6 +31,7 @@ from .features import (
     RunState,
     capped_loss,
     clean_signals,
+    clip,
     feature_vector,
     initial_state,
     loss_cap,
@@ -39,6 +40,7 @@ from .features import (
     update_decision,
     update_evaluation,
     update_step,
+    where,
 )
 from .guard import BOUNDS, NON_FINITE, SPIKE, Guard
 from .network import MetaLRNetwork, load_network
@@ -134,14 +136,15 @@ def control(
     """
     jump = decision_count == jump_decision
     waiting = decision_count < jump_decision
-    step = np.clip(config.gain * correction, -config.max_log_change, config.max_log_change)
-    change = np.where(jump, np.clip(correction, -config.max_first_fall, config.max_first_rise), step)
-    change = np.where(waiting, 0.0, change)
-    change = np.where(finite, change, _DIVERGED_CHANGE)
-    fell = np.where(jump, change < -_RESTART_FALL, highest - (log_multiplier + change) > _RESTART_FALL)
+    step = clip(config.gain * correction, -config.max_log_change, config.max_log_change)
+    change = where(jump, clip(correction, -config.max_first_fall, config.max_first_rise), step)
+    change = where(waiting, 0.0, change)
+    change = where(finite, change, _DIVERGED_CHANGE)
+    fell = where(jump, change < -_RESTART_FALL, highest - (log_multiplier + change) > _RESTART_FALL)
     stuck = (loss_ratio > _NO_PROGRESS) & (decision_count >= _NO_PROGRESS_DECISIONS)
     allowed = (progress < config.restart_window) & (restarts < config.max_restarts)
-    return change, allowed & ((fell & ~waiting) | stuck | ~np.asarray(finite, dtype=bool))
+    # `~` is not "not" for Python's own booleans
+    return change, allowed & ((fell & where(waiting, False, True)) | stuck | where(finite, False, True))
 
 
 def decay(config: ALRSConfig, progress: float) -> float:
@@ -360,7 +363,7 @@ class ALRSController:
         state = self.state
         change, restart = control(
             self.config,
-            np.float64(correction),
+            correction,
             count,
             jump_decision,
             self._progress_of_restarts(step),
@@ -379,7 +382,7 @@ class ALRSController:
         self.highest = self.log_multiplier if restart else max(self.highest, self.log_multiplier)
         if restart:
             self.restarts += 1
-            self.state = restart_state(state, np.bool_(True))
+            self.state = restart_state(state, True)
             self._guard.forget()
         good = trouble is None and not restart and not self._guard.suspicious
         action = "restart" if restart else self._answer(trouble, good)
@@ -490,8 +493,7 @@ class ALRSController:
     # The network's own training
 
     def _ask(self, features: np.ndarray) -> float:
-        with torch.no_grad():
-            return float(self.network.correction(torch.from_numpy(features).float()))
+        return self.network.correction_of(features)
 
     def _remember(self, features: np.ndarray, estimate: float, weight: int) -> None:
         self._rows.append([*features.tolist(), self.log_multiplier, estimate, float(weight)])
@@ -524,7 +526,7 @@ class ALRSController:
 
     def _fit_to(self, best: float, num_epochs: int) -> tuple[float, float]:
         """Trains the network to find ln(peak rate / initial rate) = `best` from every row."""
-        rows = torch.tensor(self._rows, dtype=torch.float32)
+        rows = torch.from_numpy(np.asarray(self._rows, dtype=np.float32))  # from lists, torch is slow
         features, rates = rows[:, : len(FEATURE_NAMES)], rows[:, len(FEATURE_NAMES)]
         targets = (best - rates).clamp(-6.0, 6.0)
         scratch = self.config.network == "scratch"
@@ -533,20 +535,22 @@ class ALRSController:
         parameters = list(self.network.parameters())
         before = [p.detach().clone() for p in parameters]
         epsilon = 1e-8 if scratch else _FINE_TUNING_EPSILON
-        optimizer = torch.optim.Adam(parameters, lr=self.config.meta_learning_rate, eps=epsilon)
+        optimizer = torch.optim.Adam(parameters, lr=self.config.meta_learning_rate, eps=epsilon, fused=True)
         loss = torch.zeros(())
         for _ in range(num_epochs * max(batches, len(rows) // self.config.meta_batch_size)):
             chosen = torch.randint(len(rows), (self.config.meta_batch_size,), generator=generator)
             noise = _JITTER * torch.randn((len(chosen), features.shape[1]), generator=generator)
             output = self.network.correction(features[chosen] + noise)
             loss = F.smooth_l1_loss(output, targets[chosen])
-            objective = loss
-            if not scratch:  # L2-SP (Li et al., 2018): few rows of one run must not undo the meta-training
-                objective = loss + self.config.anchor * sum(
-                    (p - q).square().sum() for p, q in zip(parameters, self._trained, strict=True)
-                )
-            optimizer.zero_grad()
-            objective.backward()
+            for p in parameters:
+                p.grad = None
+            loss.backward()
+            if not scratch:
+                # L2-SP (Li et al., 2018): few rows of one run must not undo the meta-training. The gradient of
+                # anchor * |p - q|^2 by hand: autograd would take longer over it than over all the rest.
+                with torch.no_grad():
+                    pull = torch._foreach_sub(parameters, self._trained)
+                    torch._foreach_add_([p.grad for p in parameters], pull, alpha=2.0 * self.config.anchor)
             optimizer.step()
         self._fits += 1
         change = math.sqrt(
@@ -634,4 +638,4 @@ def _state_to_dict(state: RunState) -> dict[str, float]:
 
 
 def _state_from_dict(values: Mapping[str, float]) -> RunState:
-    return RunState(**{name: np.float64(value) for name, value in values.items()})
+    return RunState(**{name: float(value) for name, value in values.items()})

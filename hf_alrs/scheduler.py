@@ -170,16 +170,19 @@ class ALRSScheduler(LRScheduler):
         self._steps = self._optimizer_steps
         self.last_epoch += 1
         self._step_count += 1
-        loss = None if self._loss is None else self._loss / self._micro_batches
+        loss = self._loss
+        if loss is not None and self._micro_batches > 1:
+            loss = loss / self._micro_batches
         self._pending.append((step, self.get_last_lr()[self._reference], loss, self._grad_norm))
         self._loss, self._micro_batches, self._grad_norm = None, 0, None
         if self._signals is not None:
             signals, self._signals = self._signals, None
             self._decide(step, self.flush(signals))
-        if self.controller.restart_window_over(self._steps):
+        if self._initial is not None and self.controller.restart_window_over(self._steps):
             self._initial = None
         if self._average is not None and not self.controller.probing:
-            self._average.update(step)
+            if self._average.is_due(step):
+                self._average.update()
             if self._steps >= self.controller.num_training_steps:
                 self._average.show()
         self._set_rates()
@@ -194,12 +197,10 @@ class ALRSScheduler(LRScheduler):
         """
         device = self._recorder.device
         with_loss = [i for i, entry in enumerate(self._pending) if entry[2] is not None]
-        losses = [torch.as_tensor(self._pending[i][2], dtype=torch.float64, device=device) for i in with_loss]
-        norms = [
-            torch.as_tensor(math.nan if entry[3] is None else entry[3], dtype=torch.float64, device=device)
-            for entry in self._pending
-        ]
-        parts = [x.reshape(1) for x in losses + norms] + ([signals] if signals is not None else [])
+        losses = [self._pending[i][2] for i in with_loss]
+        norms = [math.nan if entry[3] is None else entry[3] for entry in self._pending]
+        parts = [_vector(numbers, device) for numbers in (losses, norms) if numbers]
+        parts += [signals] if signals is not None else []
         if not parts:
             return {}
         values = torch.cat(parts)
@@ -247,7 +248,7 @@ class ALRSScheduler(LRScheduler):
 
     def hide_average(self) -> None:
         """Puts the trained weights back; also the optimizer's `train()`."""
-        if self._average is not None:
+        if self._average is not None and self._average.in_model:
             self._average.hide()
 
     def close(self) -> None:
@@ -280,7 +281,6 @@ class ALRSScheduler(LRScheduler):
 
     # What happens around the optimizer's step
 
-    @torch.no_grad()
     def _before_optimizer_step(self, *_: Any) -> None:
         # A fused optimizer is called with mixed precision's scale and verdict, and unscales, or skips, by itself.
         skipped = getattr(self._inner, "found_inf", None)
@@ -402,7 +402,7 @@ class ALRSScheduler(LRScheduler):
     @property
     def _reference(self) -> int:
         """Index of the group with the highest rate: the one that `min_lr` and `max_lr` speak of."""
-        return max(range(len(self.base_lrs)), key=lambda i: float(self.base_lrs[i]))
+        return self.base_lrs.index(max(self.base_lrs))
 
     def get_lr(self) -> list[float]:
         """Rates of all groups for the next optimizer step."""
@@ -410,10 +410,11 @@ class ALRSScheduler(LRScheduler):
         return [float(base) * factor for base in self.base_lrs]
 
     def _set_rates(self) -> None:
-        for group in self.optimizer.param_groups[len(self.base_lrs) :]:  # added after the start, as when layers thaw
+        groups = self.optimizer.param_groups
+        for group in groups[len(self.base_lrs) :]:  # added after the start, as when layers thaw
             self.base_lrs.append(float(group.setdefault("initial_lr", group["lr"])))
         rates = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(rate)
             else:
@@ -526,6 +527,13 @@ class ALRSScheduler(LRScheduler):
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
         self.seconds = state_dict["seconds"]
         self._set_rates()
+
+
+def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:
+    """Numbers and tensors of one element as one float64 vector."""
+    if all(isinstance(x, torch.Tensor) and x.dim() == 0 and x.device == device for x in numbers):
+        return torch.stack(numbers).double()
+    return torch.cat([torch.as_tensor(x, dtype=torch.float64, device=device).reshape(1) for x in numbers])
 
 
 def _moved(value: Any, device: torch.device) -> Any:

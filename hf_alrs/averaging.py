@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from .config import InputError
 from .signals import is_sharded
 
 
@@ -38,19 +39,31 @@ class WeightAverage:
     The average of a model's trained weights and of its batch-norm statistics.
 
     Costs one copy of the weights (in single precision where they have less), and a second one for as long as the average
-    is in the model.
+    is in the model. Its state has the same copies.
 
     Args:
         parameters (`list[Tensor]`): Trained parameters; of sharded ones each process averages its own part.
-        model (`torch.nn.Module`, *optional*): For the running statistics of batch-norm, which belong to the weights.
+        model (`torch.nn.Module`, *optional*): For the running statistics of batch-norm, which belong to the weights;
+            needed where parameters are sharded.
         num_training_steps (`int`): Length of the run in optimizer steps.
 
     Attributes:
+        parameters (`list[Tensor]`): As given.
         in_model (`bool`): Whether the model holds the average now.
+
+    Raises:
+        `InputError`: If parameters are sharded and the model is not given.
     """
 
     def __init__(self, parameters: list[Tensor], model: torch.nn.Module | None, num_training_steps: int):
-        self._parameters = parameters
+        if model is None and any(map(is_sharded, parameters)):
+            raise InputError(
+                "model",
+                None,
+                "is needed to average sharded weights.",
+                "Pass the model to the scheduler, or set average_weights=False.",
+            )
+        self.parameters, self._model = parameters, model
         # By name, as moving a model to its device exchanges its buffers
         self._statistics = [
             (module, name)
@@ -92,6 +105,7 @@ class WeightAverage:
         """Puts the average into the model, if there is one."""
         if self._average is None or self.in_model:
             return
+        self._reshard()
         weights = self._weights()
         self._raw = [w.clone() for w in weights]
         for weight, average in zip(weights, self._average, strict=True):
@@ -101,6 +115,7 @@ class WeightAverage:
     def hide(self) -> None:
         """Puts the raw weights back."""
         if self._raw is not None:
+            self._reshard()
             for weight, raw in zip(self._weights(), self._raw, strict=True):
                 weight.copy_(raw)
             self._raw = None
@@ -114,18 +129,13 @@ class WeightAverage:
         The average as tensors and plain Python values, and the raw weights where the model holds the average.
 
         Args:
-            device (`torch.device`, *optional*): Copies there; without it, the tensors themselves, without those that the
-                model holds exactly.
+            device (`torch.device`, *optional*): Copies there; without it, the tensors themselves.
         """
-        if device is not None:
-            average = None if self._average is None else [a.to(device, copy=True) for a in self._average]
-            return {"num_updates": self._num_updates, "average": average, "raw": None}
-        exact = self.in_model and all(a.dtype == w.dtype for a, w in zip(self._average, self._weights(), strict=True))
-        return {
-            "num_updates": self._num_updates,
-            "average": None if exact else self._average,
-            "raw": self._raw,
-        }
+
+        def kept(tensors: list[Tensor] | None) -> list[Tensor] | None:
+            return tensors if tensors is None or device is None else [t.to(device, copy=True) for t in tensors]
+
+        return {"num_updates": self._num_updates, "average": kept(self._average), "raw": kept(self._raw)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -140,10 +150,8 @@ class WeightAverage:
             if state[name] is not None and [t.shape for t in state[name]] != [w.shape for w in weights]:
                 raise ValueError(f"the {name} weights are of another model")
         num_updates, average, raw = state["num_updates"], state["average"], state["raw"]
-        if num_updates < 0 or (num_updates > 0) != (average is not None or raw is not None):
+        if num_updates < 0 or (num_updates > 0) != (average is not None) or (raw is not None and average is None):
             raise ValueError(f"{num_updates} updates of the average do not fit its weights")
-        if num_updates > 0 and average is None:
-            average = weights  # the model was loaded from the same checkpoint, which holds the average
         self._num_updates = num_updates + 0
         self._average = (
             None
@@ -154,8 +162,14 @@ class WeightAverage:
             weight.copy_(value)
         self._raw = None
 
+    def _reshard(self) -> None:
+        """FSDP2 keeps some modules whole after an evaluation, and would not see that their shards have changed."""
+        for module in self._model.modules() if self._model is not None else ():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
     def _weights(self) -> list[Tensor]:
-        sources = [*self._parameters, *(getattr(module, name) for module, name in self._statistics)]
+        sources = [*self.parameters, *(getattr(module, name) for module, name in self._statistics)]
         return [t.to_local() if is_sharded(t) else t.detach() for t in sources]
 
 

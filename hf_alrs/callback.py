@@ -190,8 +190,7 @@ class ALRSCallback(TrainerCallback):
     def _prepare_save(self, control: TrainerControl) -> None:
         """All processes read their losses now, because one alone writes the checkpoint, with the averaged weights."""
         if control.should_save:
-            self.scheduler.flush()
-            self.scheduler.show_average()
+            self.scheduler.prepare_save()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -335,8 +334,7 @@ class ALRSTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.lr_scheduler, ALRSScheduler):
             # All processes together; a callback that runs last may have asked for the save
-            self.lr_scheduler.flush()
-            self.lr_scheduler.show_average()
+            self.lr_scheduler.prepare_save()
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

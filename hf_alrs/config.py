@@ -56,8 +56,8 @@ class ALRSConfig:
     """
     How the network drives the learning rate.
 
-    The rate at step t of T is `learning_rate * exp(s) * warmup(t) * (1 - t / T)`. The network changes `s` at decisions;
-    `s` is 0 until phase 1 is over.
+    The rate at step t of T is `learning_rate * exp(s) * warmup(t) * (r + (1 - r) (1 - t / T))` with the `final_lr_ratio` r.
+    The network changes `s` at decisions; `s` is 0 until phase 1 is over.
 
     Steps are optimizer steps. A field that takes "steps or a fraction" takes an `int` as steps and a `float` as a
     fraction of the run.

@@ -146,8 +146,10 @@ class ALRSScheduler(LRScheduler):
             grad_norm (`torch.Tensor` or `float`, *optional*): Norm of the gradient before clipping, for the history.
         """
         if loss is not None:
-            loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
-            self._loss = loss if self._loss is None else self._loss + loss
+            if self._loss is not None:
+                self._loss = self._loss + (loss.detach() if isinstance(loss, torch.Tensor) else loss)
+            else:  # a copy, as the caller may write the next loss into the same memory before this one is read
+                self._loss = loss.detach().clone() if isinstance(loss, torch.Tensor) else loss
             self._micro_batches = 1 if is_share else self._micro_batches + 1
         if grad_norm is not None:
             self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
@@ -166,6 +168,7 @@ class ALRSScheduler(LRScheduler):
         if self._optimizer_steps == self._steps:
             return
         start = time.perf_counter()
+        self.hide_average()
         step = self._steps
         self._steps = self._optimizer_steps
         self.last_epoch += 1
@@ -250,6 +253,19 @@ class ALRSScheduler(LRScheduler):
         """Puts the trained weights back; also the optimizer's `train()`."""
         if self._average is not None and self._average.in_model:
             self._average.hide()
+
+    def prepare_save(self) -> None:
+        """
+        Reads what is pending, and puts the averaged weights into the model that a checkpoint is about to be made of.
+
+        Of sharded weights the raw ones instead: one process alone writes the scheduler's state, and the raw shards of the
+        others would be lost.
+        """
+        self.flush()
+        if any(map(is_sharded, self._parameters)) and torch.distributed.get_world_size() > 1:
+            self.hide_average()
+        else:
+            self.show_average()
 
     def close(self) -> None:
         """Takes the hook and the two methods off the optimizer; rates and weights stay where they are."""
@@ -411,8 +427,15 @@ class ALRSScheduler(LRScheduler):
 
     def _set_rates(self) -> None:
         groups = self.optimizer.param_groups
-        for group in groups[len(self.base_lrs) :]:  # added after the start, as when layers thaw
+        added = groups[len(self.base_lrs) :]  # after the start, as when layers thaw
+        for group in added:
             self.base_lrs.append(float(group.setdefault("initial_lr", group["lr"])))
+        if added and self._average is not None:  # begins anew, with all of them
+            thawed = [p for group in added for p in group["params"] if p.requires_grad]
+            self.hide_average()
+            self._average = WeightAverage(
+                [*self._average.parameters, *thawed], self.model, self.controller.num_training_steps
+            )
         rates = self.get_lr()
         for group, rate in zip(groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -527,6 +550,8 @@ class ALRSScheduler(LRScheduler):
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
         self.seconds = state_dict["seconds"]
         self._set_rates()
+        if self._steps >= self.controller.num_training_steps:
+            self.show_average()
 
 
 def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:

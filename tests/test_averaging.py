@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -537,7 +538,7 @@ def test_a_resumed_loop_has_the_same_average(
     assert any(not torch.equal(got[n], got[f"raw {n}"]) for n in got if f"raw {n}" in got)
 
 
-def test_no_copy_is_saved_of_what_the_model_file_holds(quiet: Config) -> None:
+def test_the_state_has_the_average_and_the_raw_weights_that_are_not_in_the_model(quiet: Config) -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = ALRSScheduler(optimizer, T, config=quiet())
@@ -548,8 +549,102 @@ def test_no_copy_is_saved_of_what_the_model_file_holds(quiet: Config) -> None:
     torch.testing.assert_close(torch.stack(state["average"]), averaged(trained))
     optimizer.eval()
     state = scheduler.state_dict()["average"]
-    assert state["average"] is None
+    torch.testing.assert_close(torch.stack(state["average"]), averaged(trained))
     assert torch.equal(torch.stack(state["raw"]), trained[-1])
+
+
+def test_a_state_may_be_loaded_twice(quiet: Config) -> None:
+    """As Trainer does that tries again with a smaller batch, without loading the model again."""
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    trained = loop(model, optimizer, scheduler, 6)
+    optimizer.eval()
+    state = copy.deepcopy(scheduler.state_dict())
+    for _ in range(2):
+        scheduler = ALRSScheduler(torch.optim.SGD(model.parameters(), lr=0.1), T, config=quiet())
+        scheduler.load_state_dict(copy.deepcopy(state))
+        assert torch.equal(flat(model), trained[-1])
+        torch.testing.assert_close(shown(scheduler, model), averaged(trained))
+
+
+def test_a_finished_state_leaves_the_average_in_the_model(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    trained = loop(model, optimizer, scheduler, T)
+    again = Line()
+    resumed = ALRSScheduler(torch.optim.SGD(again.parameters(), lr=0.1), T, config=quiet())
+    resumed.load_state_dict(scheduler.state_dict())
+    torch.testing.assert_close(flat(again), averaged(trained))
+
+
+def test_an_evaluation_between_the_two_steps_changes_nothing(quiet: Config) -> None:
+    """Not even where the schedule's step takes the run back to its initial weights."""
+    ends = []
+    for between in (False, True):
+        model = Line()
+        start = flat(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        # A fall by more than 1 at the first decision is a restart
+        scheduler = ALRSScheduler(optimizer, T, config=quiet(says=-2.0, max_restarts=1, restart_window=1.0))
+        restarts = 0
+        for _ in range(T - 4):
+            optimizer.zero_grad()
+            loss = loss_of(model, X)
+            loss.backward()
+            scheduler.observe(loss=loss)
+            optimizer.step()
+            if between:
+                optimizer.eval()
+            scheduler.step()
+            if scheduler.history and scheduler.history[-1].get("action") == "restart":
+                restarts += 1
+                assert torch.equal(flat(model), start)
+            scheduler.drain_history()
+            optimizer.train()
+        assert restarts == 1
+        ends.append((flat(model), shown(scheduler, model)))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_layers_that_thaw_are_averaged_with_the_others(quiet: Config) -> None:
+    model, late = Line(), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    loop(model, optimizer, scheduler, 6)
+    optimizer.add_param_group({"params": [late], "lr": 0.1})
+    values, weights = [], []
+    for step in range(4):
+        optimizer.zero_grad()
+        (loss_of(model, X) - late.sum()).backward()
+        optimizer.step()
+        scheduler.step()
+        if step > 0:  # the step that finds the new group begins the average anew
+            values.append(late.detach().clone())
+            weights.append(flat(model))
+    optimizer.eval()
+    torch.testing.assert_close(late.detach(), averaged(values))
+    torch.testing.assert_close(flat(model), averaged(weights))
+
+
+def test_a_loss_in_memory_that_is_written_again_is_read_as_it_was(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    buffer, losses = torch.zeros(()), []
+    for _ in range(T):
+        optimizer.zero_grad()
+        loss = loss_of(model, X)
+        loss.backward()
+        losses.append(loss.item())
+        buffer.copy_(loss.detach())
+        scheduler.observe(loss=buffer)
+        optimizer.step()
+        scheduler.step()
+    scheduler.flush()
+    assert [entry["loss"] for entry in scheduler.history] == pytest.approx(losses)
 
 
 @pytest.mark.parametrize("then", [False, True], ids=["turned off", "turned on"])

@@ -135,18 +135,20 @@ def test_signals_of_a_sharded_model(sharded: list[dict[str, Any]], layout: str) 
             assert got == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("run", ["rows", "resumed", "restarted"])
+@pytest.mark.parametrize("run", ["rows", "resumed", "restarted", "evaluated"])
 @pytest.mark.reliability(
-    "FSDP2 on 2 processes: rates, features and weights of the whole model; probes, restarts, resume"
+    "FSDP2 on 2 processes: rates, features and weights of the whole model; probes, restarts, resume, evaluations"
 )
 def test_a_run_of_a_sharded_model(sharded: list[dict[str, Any]], run: str) -> None:
-    whole = sharded[0]["runs"]["whole, restarted" if run == "restarted" else "whole"]
+    whole = sharded[0]["runs"][f"whole, {run}" if run in ("restarted", "evaluated") else "whole"]
     assert whole["actions"].count("restart" if run == "restarted" else "restore") >= 1
     for rank in sharded:
         got = rank["runs"][run]
         assert got["actions"] == whole["actions"]
-        for key in ("rates", "losses", "weights"):
+        for key in ("rates", "losses", "weights", "evaluated"):
             assert got[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-6, nan_ok=True), key
         for row, expected in zip(got["features"], whole["features"], strict=True):
             assert row == pytest.approx(expected, abs=1e-3)
     assert sharded[0]["runs"][run]["rates"] == sharded[1]["runs"][run]["rates"]
+    if run == "evaluated":  # and the evaluations, of averaged weights, leave the training alone
+        assert sharded[0]["runs"][run]["rates"] == sharded[0]["runs"]["rows"]["rates"]

@@ -552,7 +552,7 @@ STATE_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "groups that do not fit": lambda s: s.update(base_lrs=[0.1, 0.2, 0.3, 0.4]),
     "no average": lambda s: s.pop("average"),
     "an average that is a list": lambda s: s.update(average=[1]),
-    "an average without its weights": lambda s: s["average"].update(raw=None),
+    "an average without its weights": lambda s: s["average"].update(average=None),
     "an average of another model": lambda s: s["average"].update(average=[torch.zeros(3)]),
     "averaged weights that are text": lambda s: s["average"].update(average="weights"),
     "raw weights of another model": lambda s: s["average"].update(raw=s["average"]["raw"][:-1]),

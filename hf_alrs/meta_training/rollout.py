@@ -217,6 +217,11 @@ def rollout(
                 state = restart_state(state, restart)
                 mask = torch.from_numpy(restart).to(population.device)
                 population.restart(mask)
+                if averaged is not None:  # until the next update, the weights themselves are evaluated
+                    for mean, weight in zip(
+                        population.split(averaged), population.split(population.weights), strict=True
+                    ):
+                        mean[mask] = weight[mask]
                 probe.reset(mask)
         if (step + 1) % interval == 0:
             probe.record_previous()

@@ -139,18 +139,23 @@ def run_of(
     resume_at: int | None = None,
     num_probes: int = 3,
     rate: float = 0.3,
+    evaluate: bool = False,
 ) -> dict[str, Any]:
-    """A run with probes, or with restarts; `resume_at` goes through a checkpoint of every process there."""
+    """
+    A run with probes, or with restarts; `resume_at` goes through a checkpoint of every process there, and with `evaluate`
+    the averaged weights are evaluated after every fifth step.
+    """
     model = make_model()
     if shard is not None:
         shard(model)
 
     def scheduled() -> tuple[torch.optim.Optimizer, ALRSScheduler]:
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        return optimizer, ALRSScheduler(optimizer, NUM_STEPS, config=config(network, num_probes))
+        return optimizer, ALRSScheduler(optimizer, NUM_STEPS, config=config(network, num_probes), model=model)
 
     optimizer, scheduler = scheduled()
     history: list[dict[str, Any]] = []
+    evaluated: list[float] = []
     for i, (x, y) in enumerate(batches()):
         if i == resume_at:
             scheduler.flush()
@@ -166,6 +171,11 @@ def run_of(
         loss.backward()
         optimizer.step()
         scheduler.step()
+        if evaluate and i % 5 == 4:
+            optimizer.eval()
+            with torch.no_grad():
+                evaluated.append(float((model(x) - y).square().mean()))
+            optimizer.train()
     scheduler.flush()
     history += scheduler.history
     return {
@@ -174,6 +184,7 @@ def run_of(
         "features": [list(entry["features"].values()) for entry in history if "features" in entry],
         "actions": [entry["action"] for entry in history if entry.get("action")],
         "weights": whole_weights(model),
+        "evaluated": evaluated,
     }
 
 
@@ -188,6 +199,8 @@ def main() -> None:
     results["runs"]["whole, restarted"] = run_of(network, None, **far_too_high)
     results["runs"]["restarted"] = run_of(network, by_rows, **far_too_high)
     results["runs"]["rows"] = run_of(network, by_rows)
+    results["runs"]["whole, evaluated"] = run_of(network, None, evaluate=True)
+    results["runs"]["evaluated"] = run_of(network, by_rows, evaluate=True)
     results["runs"]["resumed"] = run_of(network, by_rows, resume_at=20)
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+# What a scheduler that is stepped with evaluations gets at least. With a patience of two the first cut of the rate comes
+# after the fourth evaluation and each further one three later: with fewer than this it is a constant rate.
+MIN_EVALUATIONS = 20
+
+
 @dataclass(frozen=True)
 class Baseline:
     """
@@ -40,7 +45,9 @@ BASELINES: dict[str, Baseline] = {
         description="ablation: random network, never trained",
     ),
     "alrs_phase1_only": Baseline(
-        "alrs", alrs_config={"phase1_steps": 1.0}, description="ablation: the static rate of phase 1 with linear decay"
+        "alrs",
+        alrs_config={"phase1_steps": 1.0},
+        description="ablation: the static rate of phase 1, decayed to 0.3 of it, with averaging of weights",
     ),
     "alrs_no_fit": Baseline(
         "alrs",
@@ -74,7 +81,7 @@ BASELINES: dict[str, Baseline] = {
         "reduce_lr_on_plateau",
         {"factor": 0.5, "patience": 2},
         needs_evaluation=True,
-        description="torch's ReduceLROnPlateau on the controller's split: half after two evaluations without progress",
+        description="torch's ReduceLROnPlateau on the controller's split: half after three evaluations without progress",
     ),
     "greedy": Baseline(
         "greedy",
@@ -86,7 +93,9 @@ BASELINES: dict[str, Baseline] = {
         "range_test", description="learning-rate range test over a tenth of the run, then linear decay"
     ),
     "schedule_free": Baseline(
-        "constant", optimizer="schedule_free", description="Schedule-Free AdamW (SGD where the task uses it)"
+        "constant",
+        optimizer="schedule_free",
+        description="Schedule-Free AdamW (SGD where the task uses it) without warmup",
     ),
     "prodigy": Baseline("constant", optimizer="prodigy", description="Prodigy at its defaults, constant"),
 }

@@ -8,11 +8,13 @@ import importlib
 import json
 import logging
 import math
+import shlex
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from . import cards, evidence, hub
-from .baselines import BASELINES
+from .baselines import BASELINES, MIN_EVALUATIONS
 from .callback import HISTORY_NAME
 from .config import ALRSConfig, InputError, read_yaml
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
@@ -121,7 +123,11 @@ class CompareArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds, paired over schedulers."})
     num_evaluations: int = field(
-        default=10, metadata={"help": "Evaluations spread over each run, for learning curves and plateau schedulers."}
+        default=10,
+        metadata={
+            "help": "Evaluations spread over each run, for learning curves. Schedulers that are stepped with them "
+            f"(reduce_lr_on_plateau, greedy) get at least {MIN_EVALUATIONS}, of the same splits."
+        },
     )
     subset_eval_samples: int | None = field(
         default=None,
@@ -148,6 +154,22 @@ class CompareArguments:
         for name in ("jobs", "num_evaluations"):
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "must be at least 1.", "Use 1 or more.")
+        if self.launcher:
+            _check_launcher(self.launcher)
+
+
+def _check_launcher(launcher: str) -> None:
+    try:
+        program = shlex.split(launcher)[0]
+    except (ValueError, IndexError):
+        program = ""
+    if shutil.which(program) is None:
+        raise InputError(
+            "launcher",
+            launcher,
+            f"its program {program!r} cannot be found.",
+            "Give its path, such as '.venv/bin/accelerate launch', or activate the environment that has it.",
+        )
 
 
 _COMPARE_OPTIONS = ("--schedulers", "--learning_rates", "--learning-rates", "--seeds")
@@ -763,6 +785,7 @@ def _command_evidence(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--model_name_or_path", help="For the studies of a pretrained model; default: the recipe's.")
     parser.add_argument("--studies", nargs="+", help="Only these.")
+    parser.add_argument("--skip_studies", nargs="+", default=(), help="Not these, as far as the plan has them.")
     parser.add_argument("--schedulers", nargs="+", help="Only the runs of these.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     parser.add_argument("--launcher", help="Command that starts the processes of each run: `accelerate launch`.")
@@ -773,6 +796,8 @@ def _command_evidence(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--root", type=Path, default=Path(), help="Folder of README.md and results/.")
     options = parser.parse_args(arguments)
+    if options.check and not options.update_readme:
+        raise InputError("check", True, "belongs to --update_readme.", "Add --update_readme, or leave --check out.")
     if options.update_readme:
         drifted = evidence.update_readme(options.root, options.check)
         for path in drifted:
@@ -788,9 +813,12 @@ def _command_evidence(arguments: Sequence[str]) -> None:
     plan = evidence.read_plan(path, recipes)
     output_dir = options.output_dir or Path("outputs") / path.stem
     plan.check_schedulers(options.schedulers)
-    chosen = [] if options.report_only else plan.select(options.studies)
+    chosen = [] if options.report_only else plan.select(options.studies, options.skip_studies)
     work = [(study, *_study_cells(study, options, output_dir, tasks)) for study in chosen]
-    plan.check_rows(output_dir)
+    plan.check_rows(
+        output_dir,
+        {study.name: asdict(each.data) for study, each, specs in work if missing(specs, output_dir / study.name)},
+    )
     for study, experiment, specs in work:
         if left := missing(specs, output_dir / study.name):
             _check_study(study, experiment)
@@ -812,6 +840,7 @@ def _command_evidence(arguments: Sequence[str]) -> None:
                 on_done=progress.on_done,
             )
     summary = evidence.build_evidence(plan, output_dir)
+    plan.store(output_dir)
     for sentence in summary["conclusion"]:
         print(f"- {sentence['task']}: {sentence['text']}")
     print(f"Report: {output_dir / 'report.html'}")
@@ -837,7 +866,7 @@ def _study_cells(
 
 
 _DATA_REMEDY = (
-    "Give a --data_dir with sst2/, imdb/, cifar10/ and titanic/train.csv, or leave the study out by --studies."
+    "Give a --data_dir with sst2/, imdb/, cifar10/ and titanic/train.csv, or leave the study out by --skip_studies."
 )
 
 

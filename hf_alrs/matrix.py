@@ -40,6 +40,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
+from .baselines import MIN_EVALUATIONS
 from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
 from .experiment import HELD_OUT, DataArguments, PreparedTask, Task, build_trainer, find_baseline
@@ -87,7 +88,8 @@ class Experiment:
         data (`DataArguments`): Where its data and model come from.
         arguments (`dict`): Arguments of `TrainingArguments`; rate, seed and output folder are the cell's.
         alrs_config (`ALRSConfig`): For ALRS; ablations change it.
-        num_evaluations (`int`, *optional*): Evaluations spread over a run; the arguments' `eval_strategy` by default.
+        num_evaluations (`int`, *optional*): Evaluations spread over a run, and at least `MIN_EVALUATIONS` for a scheduler
+            that is stepped with them; the arguments' `eval_strategy` by default.
         launcher (`str`, *optional*): Command that starts the processes of one cell, such as
             `"accelerate launch --num_processes 2"`; by default a cell runs in the process that takes it.
         subset_eval_samples (`int`, *optional*): Before and after training, evaluate on the seeded subset of so many
@@ -389,7 +391,8 @@ def cell_arguments(experiment: Experiment, spec: RunSpec, prepared: PreparedTask
         steps = args.num_train_epochs * steps_per_epoch(args, prepared)
         total = args.max_steps if args.max_steps > 0 else math.ceil(steps)
         args.eval_strategy = IntervalStrategy.STEPS
-        args.eval_steps = max(1, total // experiment.num_evaluations)
+        needed = MIN_EVALUATIONS if find_baseline(spec.scheduler).needs_evaluation else 1
+        args.eval_steps = max(1, total // max(needed, experiment.num_evaluations))
     return args
 
 

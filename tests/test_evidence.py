@@ -101,6 +101,15 @@ def no_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_captions_say_what_is_held_out_and_how_schedule_free_runs(path: Path) -> None:
+    for study in read_plan(path, [RECIPES]).studies.values():
+        assert "for the controller" in study.caption
+        batch_norm = study.recipe.stem in ("titanic", "cifar10-resnet18")
+        runs = any(spec.scheduler == "schedule_free" for spec in study.specs("task"))
+        assert ("batch-norm" in study.caption) == (batch_norm and runs)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_a_plan_parses_and_names_what_exists(path: Path) -> None:
     plan = read_plan(path, [RECIPES])
     for study in plan.studies.values():
@@ -141,6 +150,10 @@ def test_the_arena_has_every_task_scheduler_and_rate() -> None:
         for name in ("alrs", *BASELINES, "warmup_stable_decay"):
             rates = sorted({spec.learning_rate for spec in specs if spec.scheduler == name})
             assert len(rates) == 5 and rates[-1] >= 1e3 * rates[0]
+        recipe_rate = yaml.safe_load(study.recipe.read_text())["learning_rate"]
+        assert all(
+            recipe_rate in {s.learning_rate for s in specs if s.scheduler == name} for name in ("alrs", "linear")
+        )
         assert {spec.scheduler for spec in specs} >= {"step", "exponential", "reduce_lr_on_plateau", *TUNING_FREE}
 
 
@@ -157,6 +170,7 @@ def test_the_arena_has_every_task_scheduler_and_rate() -> None:
         (changed(caption=None), "caption"),
         (changed(options=[1]), "mapping"),
         (changed(grids={}), "grids"),
+        (changed(pretrained=True), "name of the recipe's model"),
         (changed(grids=[{"schedulers": ["lienar"], "learning_rates": [1e-3], "seeds": [0]}]), "lienar"),
         (changed(grids=[{"schedulers": ["linear"], "learning_rates": ["1e-3"], "seeds": [0]}]), "1.0e-3"),
         (changed(grids=[{"schedulers": ["linear"], "learning_rates": [1e-3], "seeds": [0.5]}]), "whole"),
@@ -174,6 +188,7 @@ def test_filters(stored: tuple[Plan, Path]) -> None:
     assert len(study.specs("task")) == 8
     assert {spec.scheduler for spec in study.specs("task", ["linear"])} == {"linear"}
     assert [study.name for study in plan.select(["single"])] == ["single"]
+    assert [study.name for study in plan.select(None, ["single", "of another plan"])] == ["tiny"]
     with pytest.raises(InputError, match="studies"):
         plan.select(["tinny"])
     with pytest.raises(InputError, match="schedulers"):
@@ -198,6 +213,40 @@ def test_rows_of_other_options_are_not_mixed(stored: tuple[Plan, Path], no_runs:
     # More runs and other words are no other settings.
     run(read_plan(write_plan(tmp_path, changed(caption="Other words.")), [RECIPES]), folder)
     assert "Other words." in (folder / "plan.yaml").read_text()
+
+
+def test_rows_of_other_data_are_not_mixed(stored: tuple[Plan, Path], no_runs: None) -> None:
+    plan, folder = stored
+    rows = sorted((folder / "tiny").glob("*.json"))
+    for path in rows:
+        record = json.loads(path.read_text())
+        record["config"]["data"] = {"dataset_name": "/elsewhere/table.csv", "model_name_or_path": None}
+        path.write_text(json.dumps(record))
+    run(plan, folder)  # nothing is run, so nothing is mixed
+    rows[-1].unlink()
+    with pytest.raises(InputError, match="tiny have dataset_name '/elsewhere/table"):
+        run(plan, folder)
+    run(plan, folder, "--skip_studies", "tiny")
+    run(plan, folder, "--report_only")
+
+
+def test_data_by_another_spelling_of_its_path_are_the_same(stored: tuple[Plan, Path], tmp_path: Path) -> None:
+    plan, folder = stored
+    record = json.loads((path := sorted((folder / "tiny").glob("*.json"))[0]).read_text())
+    record["config"]["data"] = {"dataset_name": str(tmp_path / "data" / ".." / "data" / "sst2")}
+    path.write_text(json.dumps(record))
+    plan.check_rows(folder, {"tiny": {"dataset_name": str(tmp_path / "data" / "sst2"), "model_name_or_path": None}})
+    with pytest.raises(InputError, match="sst2"):
+        plan.check_rows(folder, {"tiny": {"dataset_name": str(tmp_path / "sst2"), "model_name_or_path": None}})
+
+
+def test_options_that_would_start_what_was_not_meant(stored: tuple[Plan, Path], no_runs: None) -> None:
+    plan, folder = stored
+    with pytest.raises(InputError, match="update_readme"):
+        run(plan, folder, "--check")
+    for launcher in ("no-such-program launch", "'", " "):
+        with pytest.raises(InputError, match="launcher"):
+            run(plan, folder, "--launcher", launcher)
 
 
 def test_what_cannot_be_had_is_said_before_any_work(tmp_path: Path, no_runs: None) -> None:
@@ -274,6 +323,22 @@ def test_a_folder_without_rows(tmp_path: Path) -> None:
         build_evidence(plan, tmp_path / "out")
 
 
+def test_the_report_names_the_model_that_was_given(tmp_path: Path) -> None:
+    plan = read_plan(write_plan(tmp_path, changed(pretrained="BERT base")), [RECIPES])
+    store_all(plan, tmp_path / "out")
+    content = build_evidence(plan, tmp_path / "out")["evidence"]["studies"]
+    assert content["tiny"]["caption"] == "1 of 20 epochs. The model is tiny-bert, given in place of BERT base."
+    assert content["single"]["caption"] == "All rows."
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"num_hidden_layers": 6, "hidden_size": 384}')
+    for path in (tmp_path / "out" / "tiny").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["config"] |= {"data": {"model_name_or_path": str(tmp_path / "model")}, "model": "BertForSomething"}
+        path.write_text(json.dumps(record))
+    caption = build_evidence(plan, tmp_path / "out")["evidence"]["studies"]["tiny"]["caption"]
+    assert "model (BertForSomething, 6 layers of width 384), given in place of BERT base." in caption
+
+
 # --- README -----------------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +381,10 @@ def test_readme_is_written_and_drift_is_found(repository: Path) -> None:
     text = readme.read_text()
     assert "| alrs | 0.595 ± 0.007 |" in text and f"(results/{PLOT_FILE})" in text
     assert "- One run, alrs from 1e-3: accuracy 0.600 and loss 0.400" in text
-    assert "in final loss it beats 2 of 2 baselines, equals 0 and loses to 0." in verdicts.read_text()
+    told = verdicts.read_text()
+    assert "in final loss it beats 2 of 2 baselines, equals 0 and loses to 0." in told
+    assert "the best of 2 rates, against others from the best of theirs (of the baselines 2 had 1 rate): in" in told
+    assert "| linear | 1e-3, best of 1 rate | 2 |" in told
     assert plot.stat().st_size < 100_000
     readme.write_text(text.replace("0.595 ± 0.007", "0.695 ± 0.007"))
     assert update_readme(repository, check=True) == [readme]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_alrs.baselines import BASELINES, scheduler_kwargs
+from hf_alrs.baselines import BASELINES, MIN_EVALUATIONS, scheduler_kwargs
 from hf_alrs.config import ALRSConfig
 from hf_alrs.experiment import DataArguments
 from hf_alrs.matrix import Experiment, RunSpec, build_matrix, hash_tensors, missing, run_matrix, write_record
@@ -54,6 +54,8 @@ def test_cells_of_a_seed_start_alike_and_records_are_valid(experiment: Experimen
         assert record["evaluations"][-1]["eval_loss"] == pytest.approx(record["results"]["eval_loss"])
         assert "epoch" not in record["benchmark_results"]
         assert (record["history"]["phase"] is not None) == (record["spec"]["scheduler"] == "alrs")
+        number = len(record["evaluations"])
+        assert number >= MIN_EVALUATIONS if record["spec"]["scheduler"] == "reduce_lr_on_plateau" else number <= 3
     for seed in (0, 1):
         cells = [r for r in records.values() if r["spec"]["seed"] == seed]
         assert len({r["initial_state_hash"] for r in cells}) == 1

@@ -276,6 +276,29 @@ def test_numbers_that_json_has_no_word_for():
     }
 
 
+def test_tuned_comparisons_say_how_many_rates_each_had(tmp_path):
+    records = [make_record("alrs", rate, seed) for rate in RATES for seed in SEEDS]
+    records += [make_record("linear", 1e-3, seed) for seed in SEEDS]
+    folder = store(tmp_path, *records)
+    content = build_report(folder)
+    assert any("(2 rates: alrs, 1 rate: linear)" in sentence["text"] for sentence in content["conclusion"])
+    assert any("most that were run from the most rates (sst2: 2 rates: alrs" in text for text in content["analysis"])
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "alrs from 1e-3, the best of 2, against" in text and "| linear | eval\\_loss | 1e-3 | 1 | 3 |" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(5, "only 5: it could hardly act"), (20, "have 20 of them and others 4")]
+)
+def test_evaluations_of_schedulers_that_are_stepped_with_them_are_told(tmp_path, number, told):
+    records = [make_record("linear", 1e-3, seed) for seed in SEEDS]
+    for seed in SEEDS:
+        record = make_record("reduce_lr_on_plateau", 1e-3, seed, level=0.5)
+        record["evaluations"] = [record["evaluations"][-1] | {"step": step} for step in range(1, number + 1)]
+        records.append(record)
+    assert any(told in text for text in summary_of(tmp_path, *records)["analysis"])
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

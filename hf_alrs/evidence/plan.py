@@ -12,15 +12,19 @@ from typing import Any
 from ..config import InputError, read_yaml
 from ..experiment import find_baseline
 from ..matrix import RunSpec, build_matrix
+from ..report import read_result
+from ..report.runs import REPORT_FILE
 
 
 # The copy of the plan that lies beside the rows of its studies
 PLAN_FILE = "plan.yaml"
 _PLAN_KEYS = ("title", "idea", "reference", "studies")
-_STUDY_KEYS = ("title", "recipe", "updated", "caption", "stand_in", "pretrained", "options", "grids")
+_STUDY_KEYS = ("title", "recipe", "updated", "caption", "pretrained", "options", "grids")
 _GRID_KEYS = ("schedulers", "learning_rates", "seeds")
 # What changes the outcome of a run: rows of another value cannot stay beside new ones
 _SETTINGS = ("recipe", "options")
+# As well, in the rows themselves
+_DATA_SETTINGS = ("dataset_name", "dataset_config_name", "model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,7 @@ class Study:
         grids (`tuple[Grid, ...]`): In the order of work.
         options (`dict`): Options of `hf-alrs compare` over those of the recipe.
         updated (`Path`, *optional*): The recipe with what was changed in the code later, to be shown beside it.
-        pretrained (`bool`): Whether it takes `--model_name_or_path`.
-        stand_in (`str`): What is said where another model than the recipe's is given.
+        pretrained (`str`): Name of the recipe's pretrained model, where the study takes `--model_name_or_path`.
     """
 
     name: str
@@ -56,8 +59,7 @@ class Study:
     grids: tuple[Grid, ...]
     options: dict[str, Any] = field(default_factory=dict)
     updated: Path | None = None
-    pretrained: bool = False
-    stand_in: str = ""
+    pretrained: str = ""
 
     def specs(self, task: str, schedulers: Sequence[str] | None = None) -> list[RunSpec]:
         """
@@ -106,9 +108,9 @@ class Plan:
     reference: str
     studies: dict[str, Study]
 
-    def select(self, names: Sequence[str] | None) -> list[Study]:
+    def select(self, names: Sequence[str] | None, without: Sequence[str] = ()) -> list[Study]:
         """
-        The studies of these names, or all.
+        The studies of these names, or all, without those of other names.
 
         Raises:
             `InputError`: If there is none of such a name.
@@ -116,7 +118,7 @@ class Plan:
         for name in names or ():
             if name not in self.studies:
                 raise InputError("studies", name, f"must be one of {', '.join(self.studies)}.", "Check the spelling.")
-        return [study for study in self.studies.values() if not names or study.name in names]
+        return [s for s in self.studies.values() if (not names or s.name in names) and s.name not in without]
 
     def check_schedulers(self, names: Sequence[str] | None) -> None:
         """
@@ -130,11 +132,18 @@ class Plan:
                     "schedulers", name, f"must be one of {', '.join(sorted(known))}.", "Check the spelling."
                 )
 
-    def check_rows(self, output_dir: Path) -> None:
+    def check_rows(self, output_dir: Path, data: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """
+        Args:
+            output_dir (`Path`): Folder with a folder of rows for each study.
+            data (`Mapping`, *optional*): Study -> `DataArguments` of the runs that are to be put beside its rows.
+
         Raises:
-            `InputError`: If rows lie there of a study of the same name with other settings.
+            `InputError`: If rows lie there of a study of the same name with other settings, or of other data or another
+                model.
         """
+        for name, given in (data or {}).items():
+            _check_data(name, output_dir / name, given)
         stored = output_dir / PLAN_FILE
         if not stored.is_file():
             return
@@ -157,6 +166,23 @@ class Plan:
             partial = stored.with_name(f"{PLAN_FILE}.tmp")
             partial.write_bytes(self.path.read_bytes())
             os.replace(partial, stored)
+
+
+def _check_data(name: str, folder: Path, given: Mapping[str, Any]) -> None:
+    """Refuses rows of other data or of another model, by one of them: all were made alike."""
+    path = next((path for path in sorted(folder.glob("*.json")) if path.name != REPORT_FILE), None)
+    before = read_result(path)["config"].get("data") if path is not None else None
+    for key in [key for key in _DATA_SETTINGS if key in (before or ())]:
+        stored, now = before.get(key), given.get(key)
+        if stored == now or (stored and now and Path(stored).resolve() == Path(now).resolve()):
+            continue
+        field = "model_name_or_path" if key == "model_name_or_path" else "data_dir"
+        raise InputError(
+            field,
+            now,
+            f"the stored runs of the study {name} have {key} {stored!r}.",
+            f"Give the same, or another --output_dir, or delete {folder}.",
+        )
 
 
 def find_plan(name: str, folders: Iterable[Path]) -> Path:
@@ -215,6 +241,8 @@ def read_plan(path: Path, recipe_folders: Sequence[Path]) -> Plan:
         options = values.get("options", {})
         if not isinstance(options, dict) or not isinstance(values["grids"], list):
             raise refuse(name, value, "options must be a mapping, and grids a list.")
+        if not isinstance(values.get("pretrained", ""), str):
+            raise refuse(name, values["pretrained"], "pretrained must be the name of the recipe's model.")
         studies[name] = Study(
             name=name,
             title=values["title"],
@@ -223,8 +251,7 @@ def read_plan(path: Path, recipe_folders: Sequence[Path]) -> Plan:
             grids=tuple(_read_grid(mapping(g, name, _GRID_KEYS, _GRID_KEYS), name, refuse) for g in values["grids"]),
             options=options,
             updated=recipe(values["updated"], name) if values.get("updated") else None,
-            pretrained=bool(values.get("pretrained", False)),
-            stand_in=values.get("stand_in", ""),
+            pretrained=values.get("pretrained", ""),
         )
     find_baseline(content["reference"])
     paragraphs = tuple(" ".join(text.split()) for text in content["idea"].strip().split("\n\n"))

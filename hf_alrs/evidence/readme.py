@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,7 @@ def _readme_part(studies: list[_Study]) -> str:
         names = sorted(dict.fromkeys(n for study in compared for n in study.schedulers), key=is_baseline)
         lines += [
             f"Final {score} on the eval split, mean ± standard deviation over the seeds, from the initial rate of the "
-            "recipe:",
+            f"recipe{_but_prodigy(names)}:",
             "",
             _row(["scheduler", *(study.told["title"] for study in compared)]),
             _row(["---", *("---:" for _ in compared)]),
@@ -151,6 +152,10 @@ def _readme_part(studies: list[_Study]) -> str:
     single = [f"- {line}" for study in studies if not study.is_comparison for line in _single_run(study)]
     lines += [*single, ""] if single else []
     return "\n".join(lines) + "\n" if lines else ""
+
+
+def _but_prodigy(schedulers: Iterable[str]) -> str:
+    return " (Prodigy, whose rate is always 1, aside)" if "prodigy" in schedulers else ""
 
 
 def _row(fields: Iterable[str]) -> str:
@@ -248,21 +253,28 @@ def _comparison(study: _Study) -> Iterator[str]:
     yield ""
     reference, rows = study.task["reference"], study.task["comparisons"]
     at_rate = [row for row in rows["same_rate"] if row["learning_rate"] == study.rate]
-    yield from _verdict_table(
-        study, f"{reference} from {format_rate(study.rate)}, against others from the same", at_rate
-    )
+    same = f"against others from the same{_but_prodigy(study.schedulers)}"
+    yield from _verdict_table(study, f"{reference} from {format_rate(study.rate)}, {same}", at_rate)
     if len(study.cells(reference)) > 1:
         best = next(cell["learning_rate"] for cell in study.cells(reference) if cell["tuned"])
-        yield from _verdict_table(
-            study, f"{reference} from its best rate, {format_rate(best)}, against others from theirs", rows["tuned"]
+        counts = Counter(len(study.cells(name)) for name in study.schedulers if is_baseline(name))
+        had = ", ".join(f"{number} had {_rates(rates)}" for rates, number in sorted(counts.items(), reverse=True))
+        title = (
+            f"{reference} from {format_rate(best)}, the best of {_rates(len(study.cells(reference)))}, against others from "
+            f"the best of theirs (of the baselines {had})"
         )
+        yield from _verdict_table(study, title, rows["tuned"], tuned=True)
     for sentence in study.report["conclusion"]:
         if sentence["task"] == study.name and sentence["text"].startswith(("Without tuning", "In final")):
             yield f"- {sentence['text']}"
     yield ""
 
 
-def _verdict_table(study: _Study, title: str, rows: list[dict[str, Any]]) -> Iterator[str]:
+def _rates(number: int) -> str:
+    return "1 rate" if number == 1 else f"{number} rates"
+
+
+def _verdict_table(study: _Study, title: str, rows: list[dict[str, Any]], tuned: bool = False) -> Iterator[str]:
     measured = ("eval_loss", study.task["score"])
     by_metric = {metric: {row["other"]: row for row in rows if row["metric"] == metric} for metric in measured}
     others = list(by_metric["eval_loss"])
@@ -284,7 +296,8 @@ def _verdict_table(study: _Study, title: str, rows: list[dict[str, Any]]) -> Ite
         yield _row(
             [
                 name,
-                format_rate(found[0]["other_learning_rate"]),
+                format_rate(found[0]["other_learning_rate"])
+                + (f", best of {_rates(len(study.cells(name)))}" if tuned else ""),
                 str(found[0]["num_pairs"]),
                 *(field for row in found for field in _advantage(row)),
             ]

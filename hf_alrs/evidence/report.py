@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,8 @@ def _told(study: Study, runs: list[Run], output_dir: Path) -> dict[str, Any]:
     model = data.get("model_name_or_path")
     recipe = read_yaml(study.recipe)
     caption = study.caption
-    if study.pretrained and model is not None:
-        caption += f" {study.stand_in or f'The model is {model} in place of the one of the recipe.'}"
+    if study.pretrained:
+        caption += f" The model is {_described(runs[0], model, study.pretrained)}."
     return {
         "title": study.title,
         "recipe": _shown_path(study.recipe),
@@ -76,6 +78,18 @@ def _told(study: Study, runs: list[Run], output_dir: Path) -> dict[str, Any]:
         "run_seconds": sum(run.record["timing"]["total_seconds"] for run in runs),
         "commands": list(_commands(study, output_dir, data.get("dataset_name"), model)),
     }
+
+
+def _described(run: Run, model: str | None, default: str) -> str:
+    """Which model a run fine-tuned: a given one with what can be read of it, as its name may say nothing."""
+    if model is None:
+        return default
+    words = [str(run.record["config"].get("model") or "")]
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        words.append(f"{int(config['num_hidden_layers'])} layers of width {int(config['hidden_size'])}")
+    known = ", ".join(filter(None, words))
+    return f"{model}{known and f' ({known})'}, given in place of {default}"
 
 
 def _shown_path(path: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,8 +186,8 @@ def _scheduler_table(summary: dict[str, Any], name: str) -> Table:
         )
     targets = "; ".join(f"{metric} {format_number(target)}" for metric, target in task["targets"].items())
     caption = (
-        f"Schedulers on {name}: mean ± standard deviation over n seeds of the final values. * marks a scheduler's best "
-        "initial rate, by mean final eval_loss. "
+        f"Schedulers on {name}: mean ± standard deviation over n seeds of the final values. * marks the best of a "
+        "scheduler's initial rates, by mean final eval_loss. "
     )
     if targets:
         caption += (
@@ -274,16 +275,18 @@ def _difference_tables(summary: dict[str, Any], name: str) -> list[Table]:
         return []
     reading = _READING.format(reference=reference)
     best = comparisons["tuned"][0]["learning_rate"]
+    num_rates = Counter(cell["scheduler"] for cell in task["cells"])
     tables = [
         Table(
-            f"Both tuned, {name}: {reference} from {format_rate(best)} against each other scheduler at its own best rate. "
-            f"{reading}",
-            ["Against", "Metric", "Its rate", *_DIFFERENCE_COLUMNS],
+            f"Both tuned, {name}: {reference} from {format_rate(best)}, the best of {num_rates[reference]}, against each "
+            f"other scheduler at the best of the rates it was run from. {reading}",
+            ["Against", "Metric", "Its rate", "Best of", *_DIFFERENCE_COLUMNS],
             [
                 [
                     Cell(row["other"]),
                     Cell(row["metric"]),
                     Cell(format_rate(row["other_learning_rate"])),
+                    Cell(str(num_rates[row["other"]])),
                     *_difference_cells(row),
                 ]
                 for row in comparisons["tuned"]
@@ -344,8 +347,8 @@ def _overall_tables(summary: dict[str, Any]) -> list[Table]:
         Table(
             "Interquartile mean of the final values over seeds"
             + (" and tasks, in raw units, every task weighing the same" if several else "")
-            + ", with 95 % stratified bootstrap intervals: at each scheduler's best rate, and over all initial rates "
-            "together, as a user would fare who picks one of them blindly.",
+            + ", with 95 % stratified bootstrap intervals: at the best of the rates that each scheduler was run from, and over all "
+            "of them together, as a user would fare who picks one of them blindly.",
             ["Scheduler", "Metric", "Tasks", "At the best rate", "Over all rates"],
             [
                 [

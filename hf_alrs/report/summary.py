@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import metrics, statistics
+from ..baselines import BASELINES, MIN_EVALUATIONS
 from .runs import Run, TaskRuns, group_by_task, is_baseline
 
 
@@ -450,7 +451,8 @@ def _conclusion_of_task(task: TaskRuns, comparisons: dict[str, list[dict[str, An
             _sentence(
                 task,
                 None,
-                f"Final {metric} against the baselines, each at its own best rate: better than "
+                f"Final {metric} against the baselines, each at the best of the rates it was run from "
+                f"({_rates_had(task)}): better than "
                 f"{_listed(counted['better'])}; worse than {_listed(counted['worse'])}; not better, by an interval that "
                 f"includes zero or is missing, than {_listed(counted['not better'])}.",
             )
@@ -513,7 +515,7 @@ def _analysis_of_task(task: TaskRuns, cells: list[dict[str, Any]], comparisons: 
         f"{_cell_name(cell['scheduler'], cell['learning_rate'])} {format_number(cell['final']['eval_loss']['mean'])}"
         for cell in tuned[:3]
     )
-    texts.append(f"Lowest mean final eval_loss of {len(tuned)} schedulers at their best rates: {leaders}.")
+    texts.append(f"Lowest mean final eval_loss of {len(tuned)} schedulers, each at the best of its rates: {leaders}.")
     by_name = {cell["scheduler"]: cell for cell in tuned}
     ours = by_name.get(task.reference)
     if len(task.learning_rates) > 1:
@@ -605,10 +607,49 @@ def _caveats(tasks: list[TaskRuns]) -> list[str]:
         )
     if any(len(task.learning_rates) > 1 for task in tasks):
         texts.append(
-            "Every scheduler's best rate was chosen on the eval scores that are compared, which flatters all of them "
-            "alike; “without tuning” uses no such choice for the judged scheduler."
+            "Every scheduler's best rate was chosen on the eval scores that are compared, which flatters those the most that "
+            "were run from the most rates ("
+            + "; ".join(f"{task.name}: {_rates_had(task)}" for task in tasks if len(task.learning_rates) > 1)
+            + "). “Without tuning” uses no such choice for the judged scheduler."
         )
+    texts += [text for task in tasks for text in _evaluation_caveats(task)]
     return texts
+
+
+def _rates_had(task: TaskRuns) -> str:
+    """How many initial rates each scheduler was run from."""
+    names: dict[int, list[str]] = {}
+    for name in task.schedulers:
+        names.setdefault(len(task.rates_of(name)), []).append(name)
+    counts = sorted(names, reverse=True)
+    if len(counts) == 1:
+        return f"{_rates(counts[0])} each"
+    return ", ".join(f"{_rates(number)}: {' '.join(names[number])}" for number in counts)
+
+
+def _rates(number: int) -> str:
+    return "1 rate" if number == 1 else f"{number} rates"
+
+
+def _evaluation_caveats(task: TaskRuns) -> Iterable[str]:
+    """Schedulers that are stepped with evaluations have more of them, or had too few to act."""
+    counts: dict[str, int] = {}
+    for run in task.runs:
+        if run.completed:
+            number = len(run.record["evaluations"])
+            counts[run.scheduler] = min(number, counts.get(run.scheduler, number))
+    stepped = {name: n for name, n in counts.items() if name in BASELINES and BASELINES[name].needs_evaluation}
+    most = max((number for name, number in counts.items() if name not in stepped), default=math.inf)
+    for name, number in stepped.items():
+        if number < MIN_EVALUATIONS:
+            yield (
+                f"{task.name}: {name} is stepped with evaluations, of which its runs have only {number}: it could hardly act."
+            )
+        elif number > most:
+            yield (
+                f"{task.name}: runs of {name}, which is stepped with evaluations, have {number} of them and others {most}, so "
+                "that their best values and times to targets are taken from more."
+            )
 
 
 # --- everything -------------------------------------------------------------------------------------------------------

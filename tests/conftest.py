@@ -149,6 +149,18 @@ def network_folder(tmp_path: Path) -> Callable[..., str]:
     return save
 
 
+def quiet_settings(interval: int) -> dict[str, Any]:
+    """Decisions every `interval` steps, the first jump at the second of them, no training of the network, no restarts."""
+    return {
+        "phase1_steps": 2 * interval,
+        "decision_interval": interval,
+        "num_probes": 0,
+        "meta_num_epochs": 0,
+        "feedback_interval": 0,
+        "max_restarts": 0,
+    }
+
+
 @pytest.fixture
 def moving_config(network_folder: Callable[..., str]) -> Callable[..., ALRSConfig]:
     """A configuration whose network has random weights and a say: rates rise and fall within a few decisions."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import TinyClassifier, network_saying, tiny_classifier, tiny_dataset
+from conftest import TinyClassifier, network_saying, quiet_settings, tiny_classifier, tiny_dataset
 from safetensors.torch import load_file
 from test_scheduler import Line, X, loss_of, train
 from torch import nn
@@ -36,16 +36,7 @@ def quiet(network_folder: Callable[..., str]) -> Config:
     """A network that always says the same and is never trained; weights are averaged."""
 
     def make(says: float = 0.0, **changed: Any) -> ALRSConfig:
-        defaults: dict[str, Any] = {
-            "network": network_folder(network_saying(says)),
-            "phase1_steps": 2 * K,
-            "decision_interval": K,
-            "num_probes": 0,
-            "meta_num_epochs": 0,
-            "feedback_interval": 0,
-            "max_restarts": 0,
-        }
-        return ALRSConfig(**(defaults | changed))
+        return ALRSConfig(**(quiet_settings(K) | {"network": network_folder(network_saying(says))} | changed))
 
     return make
 

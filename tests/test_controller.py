@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import healthy_signals, network_saying, scratch_network
+from conftest import healthy_signals, network_saying, quiet_settings, scratch_network
 
 from hf_alrs import ALRSConfig, InputError, MetaLRNetwork
 from hf_alrs.controller import ALRSController, Decision, control
@@ -35,16 +35,8 @@ def make_controller(
     **changed: Any,
 ) -> ALRSController:
     """A controller with decisions every 4 steps, the first jump at the second of them, and no training by default."""
-    defaults: dict[str, Any] = {
-        "phase1_steps": 2 * K,
-        "decision_interval": K,
-        "num_probes": 0,
-        "meta_num_epochs": 0,
-        "feedback_interval": 0,
-        "max_restarts": 0,
-    }
     return ALRSController(
-        ALRSConfig(**(defaults | changed)),
+        ALRSConfig(**(quiet_settings(K) | changed)),
         num_training_steps,
         learning_rate,
         num_warmup_steps=num_warmup_steps,

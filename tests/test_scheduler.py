@@ -11,7 +11,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import TinyClassifier, network_saying, scratch_network, tiny_classifier, tiny_dataset
+from conftest import TinyClassifier, network_saying, quiet_settings, scratch_network, tiny_classifier, tiny_dataset
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,16 +49,8 @@ def quiet(network_folder: Callable[..., str]) -> Config:
     """A configuration whose network always says the same, and is never trained; the decay ends at 0."""
 
     def make(says: float = 0.0, **changed: Any) -> ALRSConfig:
-        defaults: dict[str, Any] = {
-            "network": network_folder(network_saying(says)),
-            "phase1_steps": 2 * K,
-            "decision_interval": K,
-            "meta_num_epochs": 0,
-            "feedback_interval": 0,
-            "max_restarts": 0,
-            "average_weights": False,
-        }
-        return ALRSConfig(**(defaults | changed))
+        own = {"network": network_folder(network_saying(says)), "average_weights": False}
+        return ALRSConfig(**(quiet_settings(K) | own | changed))
 
     return make
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
@@ -246,6 +247,24 @@ class ALRSCallback(TrainerCallback):
                 file.writelines(_json_line(entry) for entry in entries)
 
 
+def prepare_again(trainer: Trainer) -> None:
+    """
+    Lets a model that was evaluated first be prepared for its training in several processes.
+
+    Accelerate prepares a model once, and `Trainer.evaluate` has it prepared without DDP: a training that followed would
+    be one of each process by itself, without a word.
+
+    Args:
+        trainer (`Trainer`): About to train.
+    """
+    alone = trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if alone or any(isinstance(m, DistributedDataParallel) for m in trainer.model_wrapped.modules()):
+        return
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.model_wrapped = trainer.model
+    trainer.model._is_accelerate_prepared = False
+
+
 class ALRSTrainer(Trainer):
     """
     A `Trainer` whose learning rate the network drives, with the exact loss of every step (gradient accumulation and
@@ -268,6 +287,10 @@ class ALRSTrainer(Trainer):
             self.alrs_callback.evaluate_controller = self._evaluate_controller
         self._controller_loader: Any = None
         self.add_callback(self.alrs_callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        prepare_again(self)
+        return super().train(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -595,12 +595,16 @@ def _plus_minus(spread: Mapping[str, float | str | None]) -> str:
     return f"{mean:.4f}" if math.isnan(sd) else f"{mean:.4f} +- {sd:.4f}"
 
 
+_SECONDS_BETWEEN_LINES = 60.0
+
+
 class MatrixProgress:
-    """One bar for a matrix of runs on a terminal, a line for each run elsewhere."""
+    """One bar for a matrix of runs on a terminal; elsewhere a line for each run, and one a minute for those under way."""
 
     def __init__(self, total: int):
         self.total, self.done = total, 0
-        self.start = time.monotonic()
+        self.start = self.last_line = time.monotonic()
+        self.under_way: dict[RunSpec, float] = {}  # share of its steps that each run has done
         self.bar: Progress | None = None
         if sys.stdout.isatty():
             self.bar = Progress(
@@ -620,15 +624,23 @@ class MatrixProgress:
         if self.bar is not None:
             self.bar.stop()
 
-    def on_step(self, spec: RunSpec, step: int, total: int, loss: float | None) -> None:
+    def on_step(self, spec: RunSpec, step: int, total: int, loss: float) -> None:
+        moved = self.under_way.get(spec) != step / total
+        self.under_way[spec] = step / total
+        text = f"{spec.scheduler} lr {spec.learning_rate:g} seed {spec.seed}: step {step}/{total} loss {loss:.4f}"
         if self.bar is not None:
-            text = f"{spec.scheduler} lr {spec.learning_rate:g} seed {spec.seed}: step {step}/{total} loss {loss:.4f}"
-            self.bar.update(self.bar_task, completed=self.done + step / total, description=text)
+            completed = self.done + sum(self.under_way.values())
+            description = {"description": text} if moved else {}
+            self.bar.update(self.bar_task, completed=completed, **description)
+        elif moved and time.monotonic() - self.last_line > _SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            print(f"[{self.done}/{self.total}] {spec.task} {text}", flush=True)
 
     def on_done(self, spec: RunSpec, status: str) -> None:
         self.done += 1
+        self.under_way.pop(spec, None)
         if self.bar is not None:
-            self.bar.update(self.bar_task, completed=self.done)
+            self.bar.update(self.bar_task, completed=self.done + sum(self.under_way.values()))
             return
         elapsed = time.monotonic() - self.start
         left = elapsed / self.done * (self.total - self.done)

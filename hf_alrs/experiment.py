@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .baselines import BASELINES, Baseline, scheduler_kwargs
-from .callback import CONTROLLER, ALRSTrainer
+from .callback import CONTROLLER, ALRSTrainer, prepare_again
 from .config import ALRSConfig, InputError
 from .range_test import RangeTestScheduler
 from .scheduler import get_scheduler
@@ -131,6 +131,10 @@ class NamedSchedulerTrainer(Trainer):
     def __init__(self, *args: Any, baseline: Baseline, **kwargs: Any):
         self.baseline = baseline
         super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        prepare_again(self)
+        return super().train(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

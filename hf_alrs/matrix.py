@@ -1,14 +1,13 @@
 """
 A resumable matrix of runs: (task, scheduler, learning rate, seed), one result file each.
 
-Resuming needs no machinery beyond the files: a run whose file exists is skipped, and a file appears whole or not at
-all. `results_schema.json` describes a file.
+A run whose file exists is skipped, and a file appears whole or not at all. A run that was interrupted goes on from its
+last checkpoint, which lies in `unfinished/` beside the files. `results_schema.json` describes a file.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -19,15 +18,16 @@ import pickle
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from urllib.parse import quote
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
@@ -43,19 +43,22 @@ from transformers.training_args import OptimizerNames
 from .baselines import MIN_EVALUATIONS
 from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
-from .experiment import HELD_OUT, DataArguments, PreparedTask, Task, build_trainer, find_baseline
+from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
+from .recording import RunRecorder, clean_scores, hash_tensors
 from .report import read_result
 from .scheduler import ALRSScheduler
+from .unfinished import CheckpointKeeper, ProgressWriter, read_progress
 
 
 SCHEMA_VERSION = 1
 _VERSIONS = ("hf-alrs", "torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
-_EVAL_PREFIX = f"eval_{HELD_OUT}_"
-# What an evaluation dictionary says about the machine or the Trainer, not about the model
-_NOT_SCORES = ("model_preparation_time",)
 _DIVERGED_LOSS = 1e3
 # Arguments that say where a cell wrote and not how it trained
 _OF_THE_MACHINE = ("output_dir", "logging_dir", "run_name", "local_rank")
+UNFINISHED = "unfinished"
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+OnStep = Callable[["RunSpec", int, int, float], None]
 
 
 @dataclass(frozen=True)
@@ -115,142 +118,12 @@ def build_matrix(
     return [RunSpec(task, scheduler, rate, seed) for seed, rate, scheduler in cells]
 
 
-class _Recorder(TrainerCallback):
-    """Every optimizer step's loss, pre-clip gradient norm, rate and time, read from the device at the end only."""
-
-    def __init__(self, on_step: Callable[[int, int, float | None], None] | None):
-        self.on_step = on_step
-        self.losses: list[torch.Tensor] = []
-        self.norms: list[Any] = []
-        self.rates: list[float] = []
-        self.seconds: list[float] = []
-        self.evaluations: list[dict[str, float]] = []
-        self.first_batch: str | None = None
-        self.loss: torch.Tensor | None = None
-        self.norm: Any = None
-        self.rate = math.nan
-        self.clock = 0.0  # training seconds before `started`
-        self.started = 0.0
-        self.training = False
-        self.eval_seconds = 0.0
-        self.accelerator: Any = None
-
-    def attach(self, trainer: Trainer) -> None:
-        """Wraps the two methods of a trainer that see the loss and the gradient norm."""
-        self.accelerator = trainer.accelerator
-        training_step, get_grad_norm, evaluate = trainer.training_step, trainer._get_grad_norm, trainer.evaluate
-
-        def recorded_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self.first_batch is None:
-                self.first_batch = hash_tensors(inputs)
-            loss = training_step(model, inputs, *args, **kwargs)
-            self.loss = loss if self.loss is None else self.loss + loss
-            return loss
-
-        def recorded_norm(*args: Any, **kwargs: Any) -> Any:
-            self.norm = get_grad_norm(*args, **kwargs)
-            group = trainer.optimizer.param_groups[0]
-            self.rate = float(group["lr"]) * float(group.get("d", 1.0))  # Prodigy's own estimate scales the rate
-            return self.norm
-
-        def timed_evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
-            self.pause()
-            try:
-                return evaluate(*args, **kwargs)
-            finally:
-                self.eval_seconds += time.perf_counter() - self.started
-                self.started = time.perf_counter()
-
-        trainer.training_step, trainer._get_grad_norm, trainer.evaluate = recorded_step, recorded_norm, timed_evaluate
-        trainer.add_callback(self)
-
-    def pause(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # steps that are still under way belong to training
-        if self.training:
-            self.clock += time.perf_counter() - self.started
-        self.started = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training, self.started = True, time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.losses.append(self.loss)
-        self.norms.append(self.norm)
-        self.rates.append(self.rate)
-        self.seconds.append(self.clock + time.perf_counter() - self.started)
-        self.loss = None
-        if self.on_step is not None and (state.global_step % 20 == 0 or state.global_step == state.max_steps):
-            self.on_step(state.global_step, state.max_steps, float(self.losses[-1]))
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if metrics and f"{_EVAL_PREFIX}loss" in metrics:
-            scores = {
-                f"eval_{key.removeprefix(_EVAL_PREFIX)}": value
-                for key, value in metrics.items()
-                if key.startswith(_EVAL_PREFIX)
-            }
-            self.evaluations.append(
-                {
-                    "step": state.global_step,
-                    "epoch": float(state.epoch or 0.0),
-                    "seconds": self.seconds[-1] if self.seconds else 0.0,
-                    **clean_scores(scores),
-                }
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pause()
-        self.training = False
-
-    def average_over_processes(self) -> None:
-        """The loss of a step is that of all processes; each has seen its own share of the batch."""
-        if self.losses and self.accelerator.num_processes > 1:
-            losses = self.accelerator.reduce(torch.stack([loss.float() for loss in self.losses]), reduction="mean")
-            self.losses = list(losses.cpu())
-
-    def history(self) -> dict[str, Any]:
-        return {
-            "step": list(range(1, len(self.losses) + 1)),
-            "loss": _rounded(self.losses),
-            "grad_norm": _rounded(self.norms),
-            "learning_rate": _rounded(self.rates),
-            "phase": None,
-            "seconds": _rounded(self.seconds),
-        }
-
-
-def _rounded(values: Iterable[Any]) -> list[float]:
-    """To eight significant digits: a third of the file, and more than any of these numbers means."""
-    return [float(f"{float(value):.8g}") for value in values]
-
-
-def clean_scores(metrics: dict[str, float]) -> dict[str, float]:
-    """An evaluation dictionary without what is not a score or a speed of the model."""
-    return {key: value for key, value in metrics.items() if not key.endswith(_NOT_SCORES)}
-
-
-def hash_tensors(value: Any) -> str:
-    """SHA-256 over the bytes of all tensors of a (nested) mapping, in the order of its sorted keys."""
-    digest = hashlib.sha256()
-
-    def feed(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            digest.update(item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif hasattr(item, "items"):
-            for key in sorted(item):
-                digest.update(str(key).encode())
-                feed(item[key])
-
-    feed(value)
-    return digest.hexdigest()
-
-
 def run_cell(
     experiment: Experiment,
     spec: RunSpec,
     prepared: PreparedTask,
-    on_step: Callable[[int, int, float | None], None] | None = None,
+    folder: Path | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
     """
     One run, as a record that `results_schema.json` describes. An exception of the training is recorded, not raised.
@@ -259,14 +132,17 @@ def run_cell(
         experiment (`Experiment`): What all cells share.
         spec (`RunSpec`): The cell.
         prepared (`PreparedTask`): The experiment's task with its data.
+        folder (`Path`, *optional*): Where the run keeps checkpoints, and goes on from those that are there; without it
+            an interrupted run is lost.
         on_step (`Callable[[int, int, float], None]`, *optional*): Told step, steps in all, and loss now and then.
     """
-    recorder = _Recorder(on_step)
+    recorder = RunRecorder(on_step)
     record = _blank_record(experiment, spec, prepared)
     start = time.perf_counter()
+    earlier = 0.0
     reset_peak_memory()
     trainer: Trainer | None = None
-    with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="hf-alrs-") if folder is None else nullcontext(str(folder)) as scratch:
         try:
             args = cell_arguments(experiment, spec, prepared, scratch)
             set_seed(spec.seed)
@@ -279,8 +155,8 @@ def run_cell(
             trainer.remove_callback(PrinterCallback)
             for callback in trainer.callback_handler.callbacks:
                 if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                    folder = Path(experiment.arguments.get("output_dir", scratch))
-                    callback.logging_dir = str(folder / "runs" / Path(spec.file_name).stem)
+                    logs = Path(experiment.arguments.get("output_dir", scratch))
+                    callback.logging_dir = str(logs / "runs" / Path(spec.file_name).stem)
             if isinstance(trainer, ALRSTrainer):
                 trainer.alrs_callback.write_history = False
                 record["config"]["alrs"] = trainer.alrs_config.to_dict()
@@ -296,7 +172,13 @@ def run_cell(
                 smaller = replace(experiment.data, max_eval_samples=experiment.subset_eval_samples)
                 evaluation_sets["eval_subset"] = experiment.task.prepare(smaller).eval_dataset
             record["benchmark_results"] = _evaluate_all(trainer, evaluation_sets)
-            trainer.train()
+            code = [record["environment"][key] for key in ("versions", "commit")]
+            identity = strict_json([asdict(spec), record["config"], record["initial_state_hash"], code])
+            keeper = CheckpointKeeper(recorder, json.dumps(identity, sort_keys=True, default=str))
+            checkpoint = keeper.resume(args)
+            earlier = keeper.earlier_seconds
+            trainer.add_callback(keeper)
+            trainer.train(resume_from_checkpoint=checkpoint)
             record["results"] = _evaluate_all(trainer, evaluation_sets) | {"epoch": trainer.state.epoch}
             recorder.average_over_processes()
         except Exception as error:
@@ -313,7 +195,6 @@ def run_cell(
         record["num_training_steps"] = max(1, trainer.state.max_steps)
         record["steps_per_epoch"] = steps_per_epoch(args, prepared)
         if isinstance(trainer.lr_scheduler, ALRSScheduler):
-            history["phase"] = trainer.alrs_callback.phases
             record["timing"]["controller_seconds"] = trainer.lr_scheduler.seconds
     loss = record["results"]["eval_loss"] if record["results"] else math.nan
     if record["status"] == "completed" and not (math.isfinite(loss) and loss < _DIVERGED_LOSS):
@@ -321,7 +202,7 @@ def run_cell(
     record["timing"] |= {
         "train_seconds": recorder.clock,
         "eval_seconds": recorder.eval_seconds,
-        "total_seconds": time.perf_counter() - start,
+        "total_seconds": earlier + time.perf_counter() - start,
     }
     return record | {
         "history": history,
@@ -344,7 +225,7 @@ def _blank_record(experiment: Experiment, spec: RunSpec, prepared: PreparedTask)
         "steps_per_epoch": 1,
         "splits": split_sizes(prepared),
         "higher_is_better_metric": prepared.metric_for_best,
-        "history": _Recorder(None).history(),
+        "history": RunRecorder().history(),
         "evaluations": [],
         "results": None,
         "benchmark_results": None,
@@ -377,7 +258,8 @@ def cell_arguments(experiment: Experiment, spec: RunSpec, prepared: PreparedTask
         "output_dir": folder,
         "learning_rate": spec.learning_rate,
         "seed": spec.seed,
-        "save_strategy": "no",
+        "save_strategy": "no",  # but for what CheckpointKeeper asks for
+        "save_total_limit": 2,  # the last may be of a run that was killed before it was complete
         "load_best_model_at_end": False,
         "disable_tqdm": True,
         "logging_strategy": values.get("logging_strategy", "steps") if report_to != "none" else "no",
@@ -479,7 +361,7 @@ def run_matrix(
     output_dir: Path,
     num_jobs: int = 1,
     executor: str = "local",
-    on_step: Callable[[RunSpec, int, int, float | None], None] | None = None,
+    on_step: OnStep | None = None,
     on_done: Callable[[RunSpec, str], None] | None = None,
 ) -> int:
     """
@@ -493,7 +375,7 @@ def run_matrix(
             own where there are several.
         executor (`str`, *optional*, defaults to `"local"`): `"local"`, or `"ray"` for a Ray cluster (the one of
             `RAY_ADDRESS`, else one that is started on this machine); the files are written here in both cases.
-        on_step (`Callable`, *optional*): Told cell, step, steps in all, and loss (with one local job only).
+        on_step (`Callable`, *optional*): Told cell, step, steps in all, and loss (with local jobs only).
         on_done (`Callable`, *optional*): Told cell and status when a cell ends.
 
     Returns:
@@ -501,14 +383,19 @@ def run_matrix(
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     cells = missing(specs, output_dir)
-    if executor == "ray":
+    unfinished = output_dir / UNFINISHED
+    if executor == "ray":  # whose workers may be on other machines
         finished = _ray_records(experiment, cells)
     elif num_jobs > 1 and len(cells) > 1:
-        finished = _parallel_records(experiment, cells, num_jobs)
+        finished = _parallel_records(experiment, cells, unfinished, num_jobs, on_step)
     else:
-        finished = _serial_records(experiment, cells, on_step)
+        finished = _serial_records(experiment, cells, unfinished, on_step)
     for spec, record in finished:
         write_record(record, output_dir / spec.file_name)
+        if record["status"] != "failed":  # one that failed after hours goes on when its file has been deleted
+            shutil.rmtree(_folder_of(spec, unfinished), ignore_errors=True)
+        with suppress(OSError):
+            unfinished.rmdir()  # when it is empty
         if on_done is not None:
             on_done(spec, record["status"])
     statuses = [read_result(output_dir / spec.file_name)["status"] for spec in specs]
@@ -518,37 +405,62 @@ def run_matrix(
 _Records = Iterator[tuple[RunSpec, dict[str, Any]]]
 
 
+def _folder_of(spec: RunSpec, unfinished: Path) -> Path:
+    return unfinished / Path(spec.file_name).stem
+
+
 def _serial_records(
-    experiment: Experiment,
-    specs: Sequence[RunSpec],
-    on_step: Callable[[RunSpec, int, int, float | None], None] | None,
+    experiment: Experiment, specs: Sequence[RunSpec], unfinished: Path, on_step: OnStep | None
 ) -> _Records:
     prepared = experiment.task.prepare(experiment.data) if specs and not experiment.launcher else None
     for spec in specs:
-        step = None if on_step is None else functools.partial(on_step, spec)
-        yield spec, run_cell(experiment, spec, prepared, step) if prepared else _launch_cell(experiment, spec)
+        tell = None if on_step is None else functools.partial(on_step, spec)
+        folder = _folder_of(spec, unfinished)
+        if prepared is None:
+            yield spec, _launch_cell(experiment, spec, folder, tell)
+        else:
+            yield spec, run_cell(experiment, spec, prepared, folder, tell)
 
 
-def _launch_cell(experiment: Experiment, spec: RunSpec) -> dict[str, Any]:
+def _launch_cell(
+    experiment: Experiment, spec: RunSpec, folder: Path, tell: Callable[[int, int, float], None] | None = None
+) -> dict[str, Any]:
     """Runs a cell under the experiment's launcher, which starts `python -m hf_alrs.matrix` in several processes."""
-    with tempfile.TemporaryDirectory(prefix="hf-alrs-") as folder:
-        cell, record = Path(folder) / "cell.pkl", Path(folder) / "record.json"
-        cell.write_bytes(pickle.dumps((experiment, spec)))
+    with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
+        cell, record = Path(scratch) / "cell.pkl", Path(scratch) / "record.json"
+        cell.write_bytes(pickle.dumps((experiment, spec, folder.absolute())))
         command = [*shlex.split(experiment.launcher), "-m", "hf_alrs.matrix", str(cell), str(record)]
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        code = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=False).returncode
+        process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths})
+        try:
+            while (code := _ended(process)) is None:
+                if tell is not None and (progress := read_progress(folder)) is not None:
+                    tell(*progress)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
         if record.exists():
             return json.loads(record.read_text())
         return crashed_record(experiment, spec, f"{experiment.launcher!r} ended with code {code} and no result")
 
 
+def _ended(process: subprocess.Popen) -> int | None:
+    """The exit code, if the process ends within a second."""
+    try:
+        return process.wait(_SECONDS_BETWEEN_LOOKS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def _launched(cell: Path, record: Path) -> None:
     """What each process of a launched cell does."""
-    experiment, spec = pickle.loads(cell.read_bytes())
+    experiment, spec, folder = pickle.loads(cell.read_bytes())
     state = PartialState()
     with state.main_process_first():
         prepared = experiment.task.prepare(experiment.data)
-    outcome = run_cell(experiment, spec, prepared)
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = run_cell(experiment, spec, prepared, folder, ProgressWriter(folder) if state.is_main_process else None)
     # A process that failed alone must not leave the others waiting for it: the launcher ends them.
     if state.is_main_process or outcome["status"] == "failed":
         write_record(outcome, record)
@@ -561,40 +473,54 @@ def _launched(cell: Path, record: Path) -> None:
 _prepared: dict[str, PreparedTask] = {}
 
 
-def _run_in_worker(experiment: Experiment, spec: RunSpec, num_threads: int, gpu: int | None) -> dict[str, Any]:
+def _run_in_worker(
+    experiment: Experiment, spec: RunSpec, num_threads: int, gpu: int | None, folder: Path | None
+) -> dict[str, Any]:
     torch.set_num_threads(num_threads)
     if experiment.launcher:
-        return _launch_cell(experiment, spec)
+        return _launch_cell(experiment, spec, folder)
     if gpu is not None:
         torch.cuda.set_device(gpu)
     key = f"{experiment.task.name} {experiment.data}"
     if key not in _prepared:
         _prepared[key] = experiment.task.prepare(experiment.data)
-    return run_cell(experiment, spec, _prepared[key])
+    if folder is None:
+        return run_cell(experiment, spec, _prepared[key])
+    folder.mkdir(parents=True, exist_ok=True)
+    return run_cell(experiment, spec, _prepared[key], folder, ProgressWriter(folder))
 
 
-def _parallel_records(experiment: Experiment, specs: Sequence[RunSpec], num_jobs: int) -> _Records:
+def _parallel_records(
+    experiment: Experiment, specs: Sequence[RunSpec], unfinished: Path, num_jobs: int, on_step: OnStep | None
+) -> _Records:
     threads = max(1, torch.get_num_threads() // num_jobs)
     gpus = torch.cuda.device_count()
     context = multiprocessing.get_context("spawn")
-    unfinished: list[RunSpec] = []
+    killed: list[RunSpec] = []
     with ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
-        futures = {
-            pool.submit(_run_in_worker, experiment, spec, threads, index % gpus if gpus > 1 else None): spec
-            for index, spec in enumerate(specs)
-        }
-        for future in as_completed(futures):
-            try:
-                record = future.result()
-            except BrokenProcessPool:
-                unfinished.append(futures[future])
-            else:
-                yield futures[future], record
+        futures: dict[Future, RunSpec] = {}
+        for index, spec in enumerate(specs):
+            gpu, folder = index % gpus if gpus > 1 else None, _folder_of(spec, unfinished)
+            futures[pool.submit(_run_in_worker, experiment, spec, threads, gpu, folder)] = spec
+        while futures:
+            done, _ = wait(futures, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            for future in done:
+                spec = futures.pop(future)
+                try:
+                    record = future.result()
+                except BrokenProcessPool:
+                    killed.append(spec)
+                else:
+                    yield spec, record
+            for spec in futures.values() if on_step is not None else ():
+                if (progress := read_progress(_folder_of(spec, unfinished))) is not None:
+                    on_step(spec, *progress)
     # A process that is killed takes the whole pool with it, and its cell is not known: each gets a pool of its own.
-    for spec in unfinished:
+    for spec in killed:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
+            gpu, folder = 0 if gpus > 1 else None, _folder_of(spec, unfinished)
             try:
-                record = pool.submit(_run_in_worker, experiment, spec, threads, 0 if gpus > 1 else None).result()
+                record = pool.submit(_run_in_worker, experiment, spec, threads, gpu, folder).result()
             except BrokenProcessPool:
                 record = crashed_record(experiment, spec, "the process of the run was killed, as for lack of memory")
         yield spec, record
@@ -611,7 +537,7 @@ def _ray_records(experiment: Experiment, specs: Sequence[RunSpec]) -> _Records:
         ray.init(log_to_driver=False)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_run_in_worker)
-    pending = {remote.remote(experiment, spec, 1, None): spec for spec in specs}
+    pending = {remote.remote(experiment, spec, 1, None, None): spec for spec in specs}
     while pending:
         done, _ = ray.wait(list(pending))
         for reference in done:

@@ -81,6 +81,10 @@ class RangeTestScheduler(LRScheduler):
             rate = self.rate * max(0.0, 1.0 - (step - self.num_test_steps) / left)
         return [rate for _ in self.optimizer.param_groups]
 
+    def state_dict(self) -> dict[str, Any]:
+        """All but what the arguments say, as tensors and plain Python values."""
+        return {key: value for key, value in super().state_dict().items() if key not in ("test_rates", "_parameters")}
+
     @torch.no_grad()
     def _end_test(self) -> None:
         losses = torch.stack([loss.float() for loss in self._losses])

@@ -51,22 +51,68 @@ def test_a_killed_worker_is_recorded_and_costs_no_other_cell(tmp_path: Path) -> 
         assert (record["status"] == "failed") == (spec.seed == 1)
 
 
+LAUNCHER = (
+    f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no --main_process_port 0"
+)
+
+
+def launched_comparison(output_dir: Path, steps: int, *schedulers: str) -> list[str]:
+    return [
+        sys.executable, "-m", "hf_alrs.cli", "compare", "--task", "titanic", "--dataset_name", "sample", "--max_steps",
+        str(steps), "--schedulers", *schedulers, "--seeds", "0", "--launcher", LAUNCHER, "--output_dir", str(output_dir),
+    ]  # fmt: skip
+
+
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.slow
 def test_a_cell_under_accelerate_launch_is_one_run_of_two_processes(tmp_path: Path) -> None:
-    launcher = (
-        f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
-        "--mixed_precision no --dynamo_backend no --main_process_port 0"
-    )
-    command = [
-        sys.executable, "-m", "hf_alrs.cli", "compare", "--task", "titanic", "--dataset_name", "sample", "--max_steps", "8",
-        "--schedulers", "alrs", "range_test", "--seeds", "0", "--launcher", launcher, "--output_dir", str(tmp_path),
-    ]  # fmt: skip
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    command = launched_comparison(tmp_path, 8, "alrs", "range_test")
+    subprocess.run(command, cwd=ROOT, env=os.environ | ON_CPU, check=True, capture_output=True)
     records = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*--*.json"))]
     assert [record["status"] for record in records] == ["completed"] * 2
     assert {record["config"]["training"]["num_processes"] for record in records} == {2}
     assert {len(record["history"]["loss"]) for record in records} == {8}
+
+
+# Both processes keep checkpoints at steps 20 and 40, and end at the step that the environment names
+CUT_SHORT = """
+import os
+if os.environ.get("LOCAL_RANK"):
+    from hf_alrs import recording, unfinished
+    unfinished.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    on_step_end = recording.RunRecorder.on_step_end
+    def end_at(self, args, state, control, **kwargs):
+        on_step_end(self, args, state, control, **kwargs)
+        if state.global_step == int(os.environ.get("HF_ALRS_TEST_LAST_STEP", 0)):
+            os._exit(1)
+    recording.RunRecorder.on_step_end = end_at
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.reliability
+def test_a_launched_cell_that_was_killed_goes_on_to_the_same_record(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CUT_SHORT)
+    environment = os.environ | ON_CPU | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def run(folder: Path, **more: str) -> int:
+        command = launched_comparison(folder, 52, "alrs")
+        return subprocess.run(command, cwd=ROOT, env=environment | more, check=False, capture_output=True).returncode
+
+    assert run(whole) == 0
+    assert run(parts, HF_ALRS_TEST_LAST_STEP="47") == 1
+    failed = next(parts.glob("*--*.json"))
+    assert json.loads(failed.read_text())["status"] == "failed"
+    failed.unlink()
+    assert run(parts) == 0
+    first, second = (json.loads(next(folder.glob("*--*.json")).read_text()) for folder in (whole, parts))
+    for key in ("loss", "learning_rate", "phase"):
+        assert second["history"][key] == first["history"][key]
+    assert second["results"]["eval_loss"] == first["results"]["eval_loss"]
 
 
 def test_range_test_goes_back_to_the_averages_of_batch_norm() -> None:

@@ -20,6 +20,8 @@ ROWS = (
     ("scheduler", "meta_training", "report"),
     ("callback", "cards"),
     ("experiment",),
+    ("recording",),
+    ("unfinished",),
     ("matrix",),
     ("evidence",),
     ("cli",),

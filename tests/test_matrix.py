@@ -15,8 +15,9 @@ import torch
 from hf_alrs.baselines import BASELINES, MIN_EVALUATIONS, scheduler_kwargs
 from hf_alrs.config import ALRSConfig
 from hf_alrs.experiment import DataArguments
-from hf_alrs.matrix import Experiment, RunSpec, build_matrix, hash_tensors, missing, run_matrix, write_record
+from hf_alrs.matrix import Experiment, RunSpec, build_matrix, missing, run_matrix, write_record
 from hf_alrs.range_test import RangeTestScheduler, suggested_rate
+from hf_alrs.recording import hash_tensors
 from hf_alrs.report import validate_result
 from tasks import TASKS
 

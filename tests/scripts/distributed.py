@@ -66,7 +66,9 @@ class InOrder:
         return optimizer
 
 
-def train_with(kind: str, network: str, folder: Path, resume: str | None = None, **changed: Any) -> dict[str, Any]:
+def train_with(
+    kind: str, network: str, folder: Path, resume: str | None = None, evaluated_first: bool = False, **changed: Any
+) -> dict[str, Any]:
     """A run of `Trainer` with the callback, or of `ALRSTrainer`."""
     accumulation = changed.get("gradient_accumulation_steps", 1)
     defaults: dict[str, Any] = {
@@ -89,6 +91,8 @@ def train_with(kind: str, network: str, folder: Path, resume: str | None = None,
     kwargs = {"alrs_config": config(network)} if kind == "trainer" else {"callbacks": [callback]}
     set_seed(3)
     trainer = cls(model=tiny_classifier(seed=2), args=args, train_dataset=tiny_dataset(), **kwargs)
+    if evaluated_first:
+        trainer.evaluate(tiny_dataset())
     trainer.train(resume_from_checkpoint=resume)
     seen = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ALRSCallback))
     PartialState().wait_for_everyone()
@@ -138,6 +142,7 @@ def main() -> None:
         "bare": lambda: train_bare(network),
         "callback": lambda: train_with("callback", network, out / "callback"),
         "trainer": lambda: train_with("trainer", network, out / "trainer"),
+        "evaluated first": lambda: train_with("trainer", network, out / "evaluated", evaluated_first=True),
         "accumulation": lambda: train_with("trainer", network, out / "accumulation", gradient_accumulation_steps=2),
         # checkpoints between two decisions, one that is foreseen at the step's end and one that is not
         "resumed": lambda: train_and_resume(network, out / "resumed", 8, save_strategy="steps", save_steps=8),

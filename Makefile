@@ -15,7 +15,7 @@ JOBS ?= 2
 PLAN_OPTIONS = $(if $(DATA),--data_dir $(DATA)) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(SKIP),--skip_studies $(SKIP)) --jobs $(JOBS) $(OPTIONS)
 EVIDENCE := $(BIN)/hf-alrs evidence
 
-.PHONY: demo test test-slow reliability quality style evidence evidence-full arena arena-small
+.PHONY: demo test test-slow reliability quality style evidence evidence-full arena arena-small ablation
 
 # Rebuilt whenever the dependencies change
 .venv/installed: pyproject.toml
@@ -58,8 +58,8 @@ evidence-full: .venv/installed
 	$(EVIDENCE) --plan report-2-full --output_dir outputs/evidence-full/report-2-meta-learning $(PLAN_OPTIONS) --launcher "$(LAUNCHER)" || status=1; \
 	exit $$status
 
-# ALRS beside everything else on the tasks of both reports: hours, or under ten minutes
-arena arena-small: .venv/installed
+# ALRS beside everything else on the tasks of both reports: hours, or under ten minutes. And what each of its parts brings
+arena arena-small ablation: .venv/installed
 	$(EVIDENCE) --plan $@ --output_dir outputs/$@ $(PLAN_OPTIONS)
 
 quality: .venv/installed

@@ -64,6 +64,7 @@ class WeightAverage:
                 "Pass the model to the scheduler, or set average_weights=False.",
             )
         self.parameters, self._model = parameters, model
+        self._sharded = any(map(is_sharded, parameters))
         # By name, as moving a model to its device exchanges its buffers
         self._statistics = [
             (module, name)
@@ -170,7 +171,8 @@ class WeightAverage:
 
     def _weights(self) -> list[Tensor]:
         sources = [*self.parameters, *(getattr(module, name) for module, name in self._statistics)]
-        return [t.to_local() if is_sharded(t) else t.detach() for t in sources]
+        # To be used without gradients; looking at each tensor takes as long as averaging it in a very small model.
+        return [t.to_local() if is_sharded(t) else t for t in sources] if self._sharded else sources
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

@@ -149,7 +149,8 @@ def control(
 
 def decay(config: ALRSConfig, progress: float) -> float:
     """Share of the peak rate at a progress from 0 to 1: a line from 1 to `final_ratio`."""
-    return config.final_ratio + (1.0 - config.final_ratio) * max(0.0, 1.0 - progress)
+    final = config.final_ratio
+    return final + (1.0 - final) * max(0.0, 1.0 - progress)
 
 
 def decision_interval_of(config: ALRSConfig, num_training_steps: int, steps_per_epoch: int | None) -> int:

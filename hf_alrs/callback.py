@@ -260,7 +260,9 @@ def prepare_again(trainer: Trainer) -> None:
     alone = trainer.args.world_size == 1 or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if alone or any(isinstance(m, DistributedDataParallel) for m in trainer.model_wrapped.modules()):
         return
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    plain_forward = vars(trainer.model).pop("_original_forward", None)
+    if plain_forward is not None:  # without mixed precision's wrapper, which the preparation puts around it again
+        trainer.model.forward = plain_forward
     trainer.model_wrapped = trainer.model
     trainer.model._is_accelerate_prepared = False
 

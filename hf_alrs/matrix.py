@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_b
 from .recording import RunRecorder, clean_scores, hash_tensors
 from .report import read_result
 from .scheduler import ALRSScheduler
-from .unfinished import CheckpointKeeper, ProgressWriter, read_progress
+from .unfinished import CheckpointKeeper, ProgressWriter, claimed, read_progress
 
 
 SCHEMA_VERSION = 1
@@ -122,7 +122,7 @@ def run_cell(
     experiment: Experiment,
     spec: RunSpec,
     prepared: PreparedTask,
-    folder: Path | None = None,
+    folder: Path,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
     """
@@ -132,8 +132,7 @@ def run_cell(
         experiment (`Experiment`): What all cells share.
         spec (`RunSpec`): The cell.
         prepared (`PreparedTask`): The experiment's task with its data.
-        folder (`Path`, *optional*): Where the run keeps checkpoints, and goes on from those that are there; without it
-            an interrupted run is lost.
+        folder (`Path`): Where the run keeps checkpoints, and goes on from those that are there.
         on_step (`Callable[[int, int, float], None]`, *optional*): Told step, steps in all, and loss now and then.
     """
     recorder = RunRecorder(on_step)
@@ -142,54 +141,56 @@ def run_cell(
     earlier = 0.0
     reset_peak_memory()
     trainer: Trainer | None = None
-    with tempfile.TemporaryDirectory(prefix="hf-alrs-") if folder is None else nullcontext(str(folder)) as scratch:
-        try:
-            args = cell_arguments(experiment, spec, prepared, scratch)
-            set_seed(spec.seed)
-            model = prepared.model_init()
-            record["initial_state_hash"] = hash_tensors(model.state_dict())
-            # The controller's own chance (a random network, the order of its batches) varies with the seed as well
-            config = replace(experiment.alrs_config, seed=spec.seed)
-            trainer = build_trainer(prepared, model, args, spec.scheduler, config)
-            # The matrix has a progress of its own
-            trainer.remove_callback(PrinterCallback)
-            for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                    logs = Path(experiment.arguments.get("output_dir", scratch))
-                    callback.logging_dir = str(logs / "runs" / Path(spec.file_name).stem)
-            if isinstance(trainer, ALRSTrainer):
-                trainer.alrs_callback.write_history = False
-                record["config"]["alrs"] = trainer.alrs_config.to_dict()
-            record["config"]["model"] = type(model).__name__
-            # An optimizer of the baseline's own is none that `args.optim` can name
-            optimizer = find_baseline(spec.scheduler).optimizer
-            optim = optimizer if optimizer == "prodigy" else OptimizerNames(args.optim).value
-            training = {key: value for key, value in args.to_dict().items() if key not in _OF_THE_MACHINE}
-            record["config"]["training"] = training | {"optim": optim, "num_processes": args.world_size}
-            recorder.attach(trainer)
-            evaluation_sets = {"eval": prepared.eval_dataset}
-            if experiment.subset_eval_samples is not None:
-                smaller = replace(experiment.data, max_eval_samples=experiment.subset_eval_samples)
-                evaluation_sets["eval_subset"] = experiment.task.prepare(smaller).eval_dataset
-            record["benchmark_results"] = _evaluate_all(trainer, evaluation_sets)
-            code = [record["environment"][key] for key in ("versions", "commit")]
-            identity = strict_json([asdict(spec), record["config"], record["initial_state_hash"], code])
-            keeper = CheckpointKeeper(recorder, json.dumps(identity, sort_keys=True, default=str))
-            checkpoint = keeper.resume(args)
-            earlier = keeper.earlier_seconds
-            trainer.add_callback(keeper)
-            trainer.train(resume_from_checkpoint=checkpoint)
-            record["results"] = _evaluate_all(trainer, evaluation_sets) | {"epoch": trainer.state.epoch}
-            recorder.average_over_processes()
-        except Exception as error:
-            record["status"] = "failed"
-            record["error"] = f"{type(error).__name__}: {error}"
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            for name in ("wandb", "trackio"):  # else the next cell would go on in this one's run
-                if trainer is not None and name in trainer.args.report_to and name in sys.modules:
-                    with suppress(Exception):
-                        sys.modules[name].finish()
+    keeper: CheckpointKeeper | None = None
+    try:
+        args = cell_arguments(experiment, spec, prepared, str(folder))
+        set_seed(spec.seed)
+        model = prepared.model_init()
+        record["initial_state_hash"] = hash_tensors(model.state_dict())
+        # The controller's own chance (a random network, the order of its batches) varies with the seed as well
+        config = replace(experiment.alrs_config, seed=spec.seed)
+        trainer = build_trainer(prepared, model, args, spec.scheduler, config)
+        # The matrix has a progress of its own
+        trainer.remove_callback(PrinterCallback)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                logs = Path(experiment.arguments.get("output_dir", folder))
+                callback.logging_dir = str(logs / "runs" / Path(spec.file_name).stem)
+        if isinstance(trainer, ALRSTrainer):
+            trainer.alrs_callback.write_history = False
+            record["config"]["alrs"] = trainer.alrs_config.to_dict()
+        record["config"]["model"] = type(model).__name__
+        # An optimizer of the baseline's own is none that `args.optim` can name
+        optimizer = find_baseline(spec.scheduler).optimizer
+        optim = optimizer if optimizer == "prodigy" else OptimizerNames(args.optim).value
+        training = {key: value for key, value in args.to_dict().items() if key not in _OF_THE_MACHINE}
+        record["config"]["training"] = training | {"optim": optim, "num_processes": args.world_size}
+        recorder.attach(trainer)
+        evaluation_sets = {"eval": prepared.eval_dataset}
+        if experiment.subset_eval_samples is not None:
+            smaller = replace(experiment.data, max_eval_samples=experiment.subset_eval_samples)
+            evaluation_sets["eval_subset"] = experiment.task.prepare(smaller).eval_dataset
+        record["benchmark_results"] = _evaluate_all(trainer, evaluation_sets)
+        code = [record["environment"][key] for key in ("versions", "commit")]
+        identity = strict_json([asdict(spec), record["config"], record["initial_state_hash"], code])
+        keeper = CheckpointKeeper(recorder, json.dumps(identity, sort_keys=True, default=str))
+        if checkpoint := keeper.resume(args):
+            earlier, args.eval_on_start = keeper.earlier_seconds, False
+        trainer.add_callback(keeper)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        record["results"] = _evaluate_all(trainer, evaluation_sets) | {"epoch": trainer.state.epoch}
+        recorder.average_over_processes()
+    except Exception as error:
+        record["status"] = "failed"
+        record["error"] = f"{type(error).__name__}: {error}"
+        traceback.print_exc(file=sys.stderr)
+        if keeper is not None:
+            keeper.give_up(trainer.state)
+    finally:
+        for name in ("wandb", "trackio"):  # else the next cell would go on in this one's run
+            if trainer is not None and name in trainer.args.report_to and name in sys.modules:
+                with suppress(Exception):
+                    sys.modules[name].finish()
     history = recorder.history()
     if trainer is not None:
         record["num_training_steps"] = max(1, trainer.state.max_steps)
@@ -260,6 +261,8 @@ def cell_arguments(experiment: Experiment, spec: RunSpec, prepared: PreparedTask
         "seed": spec.seed,
         "save_strategy": "no",  # but for what CheckpointKeeper asks for
         "save_total_limit": 2,  # the last may be of a run that was killed before it was complete
+        "save_only_model": False,
+        "ignore_data_skip": False,
         "load_best_model_at_end": False,
         "disable_tqdm": True,
         "logging_strategy": values.get("logging_strategy", "steps") if report_to != "none" else "no",
@@ -394,10 +397,10 @@ def run_matrix(
         write_record(record, output_dir / spec.file_name)
         if record["status"] != "failed":  # one that failed after hours goes on when its file has been deleted
             shutil.rmtree(_folder_of(spec, unfinished), ignore_errors=True)
-        with suppress(OSError):
-            unfinished.rmdir()  # when it is empty
         if on_done is not None:
             on_done(spec, record["status"])
+    with suppress(OSError):
+        unfinished.rmdir()  # when it is empty
     statuses = [read_result(output_dir / spec.file_name)["status"] for spec in specs]
     return statuses.count("failed")
 
@@ -415,11 +418,12 @@ def _serial_records(
     prepared = experiment.task.prepare(experiment.data) if specs and not experiment.launcher else None
     for spec in specs:
         tell = None if on_step is None else functools.partial(on_step, spec)
-        folder = _folder_of(spec, unfinished)
-        if prepared is None:
-            yield spec, _launch_cell(experiment, spec, folder, tell)
-        else:
-            yield spec, run_cell(experiment, spec, prepared, folder, tell)
+        with claimed(_folder_of(spec, unfinished)) as folder:
+            if prepared is None:
+                record = _launch_cell(experiment, spec, folder, tell)
+            else:
+                record = run_cell(experiment, spec, prepared, folder, tell)
+        yield spec, record
 
 
 def _launch_cell(
@@ -459,7 +463,6 @@ def _launched(cell: Path, record: Path) -> None:
     state = PartialState()
     with state.main_process_first():
         prepared = experiment.task.prepare(experiment.data)
-    folder.mkdir(parents=True, exist_ok=True)
     outcome = run_cell(experiment, spec, prepared, folder, ProgressWriter(folder) if state.is_main_process else None)
     # A process that failed alone must not leave the others waiting for it: the launcher ends them.
     if state.is_main_process or outcome["status"] == "failed":
@@ -477,6 +480,14 @@ def _run_in_worker(
     experiment: Experiment, spec: RunSpec, num_threads: int, gpu: int | None, folder: Path | None
 ) -> dict[str, Any]:
     torch.set_num_threads(num_threads)
+    if folder is None:  # on a machine that may be another one
+        with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
+            return _run_in_folder(experiment, spec, gpu, Path(scratch))
+    with claimed(folder) as own:
+        return _run_in_folder(experiment, spec, gpu, own)
+
+
+def _run_in_folder(experiment: Experiment, spec: RunSpec, gpu: int | None, folder: Path) -> dict[str, Any]:
     if experiment.launcher:
         return _launch_cell(experiment, spec, folder)
     if gpu is not None:
@@ -484,9 +495,6 @@ def _run_in_worker(
     key = f"{experiment.task.name} {experiment.data}"
     if key not in _prepared:
         _prepared[key] = experiment.task.prepare(experiment.data)
-    if folder is None:
-        return run_cell(experiment, spec, _prepared[key])
-    folder.mkdir(parents=True, exist_ok=True)
     return run_cell(experiment, spec, _prepared[key], folder, ProgressWriter(folder))
 
 
@@ -497,33 +505,45 @@ def _parallel_records(
     gpus = torch.cuda.device_count()
     context = multiprocessing.get_context("spawn")
     killed: list[RunSpec] = []
+
+    def submit(pool: ProcessPoolExecutor, spec: RunSpec, index: int) -> Future:
+        gpu = index % gpus if gpus > 1 else None
+        return pool.submit(_run_in_worker, experiment, spec, threads, gpu, _folder_of(spec, unfinished))
+
     with ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
-        futures: dict[Future, RunSpec] = {}
-        for index, spec in enumerate(specs):
-            gpu, folder = index % gpus if gpus > 1 else None, _folder_of(spec, unfinished)
-            futures[pool.submit(_run_in_worker, experiment, spec, threads, gpu, folder)] = spec
-        while futures:
-            done, _ = wait(futures, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-            for future in done:
-                spec = futures.pop(future)
-                try:
-                    record = future.result()
-                except BrokenProcessPool:
-                    killed.append(spec)
-                else:
-                    yield spec, record
-            for spec in futures.values() if on_step is not None else ():
-                if (progress := read_progress(_folder_of(spec, unfinished))) is not None:
-                    on_step(spec, *progress)
+        futures = {submit(pool, spec, index): spec for index, spec in enumerate(specs)}
+        for spec, future in _as_completed(futures, unfinished, on_step):
+            try:
+                record = future.result()
+            except BrokenProcessPool:
+                killed.append(spec)
+            else:
+                yield spec, record
     # A process that is killed takes the whole pool with it, and its cell is not known: each gets a pool of its own.
     for spec in killed:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            gpu, folder = 0 if gpus > 1 else None, _folder_of(spec, unfinished)
-            try:
-                record = pool.submit(_run_in_worker, experiment, spec, threads, gpu, folder).result()
-            except BrokenProcessPool:
-                record = crashed_record(experiment, spec, "the process of the run was killed, as for lack of memory")
+            for _, future in _as_completed({submit(pool, spec, 0): spec}, unfinished, on_step):
+                try:
+                    record = future.result()
+                except BrokenProcessPool:
+                    record = crashed_record(
+                        experiment, spec, "the process of the run was killed, as for lack of memory"
+                    )
         yield spec, record
+
+
+def _as_completed(
+    futures: dict[Future, RunSpec], unfinished: Path, on_step: OnStep | None
+) -> Iterator[tuple[RunSpec, Future]]:
+    """Cells as they end; `on_step` is told of the others meanwhile."""
+    left = dict(futures)
+    while left:
+        done, _ = wait(left, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+        for future in done:
+            yield left.pop(future), future
+        for future, spec in left.items() if on_step is not None else ():
+            if future.running() and (progress := read_progress(_folder_of(spec, unfinished))) is not None:
+                on_step(spec, *progress)
 
 
 def _ray_records(experiment: Experiment, specs: Sequence[RunSpec]) -> _Records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .callback import ALRSTrainer
 from .experiment import HELD_OUT
@@ -19,6 +21,8 @@ _EVAL_PREFIX = f"eval_{HELD_OUT}_"
 # What an evaluation dictionary says about the machine or the Trainer, not about the model
 _NOT_SCORES = ("model_preparation_time",)
 _STEPS_BETWEEN_REPORTS = 20
+
+logger = logging.getLogger(__name__)
 
 
 class RunRecorder(TrainerCallback):
@@ -77,9 +81,17 @@ class RunRecorder(TrainerCallback):
 
         def untimed_save(*args: Any, **kwargs: Any) -> None:
             self.pause()
+            with_bars = is_progress_bar_enabled()
+            disable_progress_bar()
             try:
                 save(*args, **kwargs)
+            except OSError as error:  # of a full disk, for one: no reason to end a run
+                if self.accelerator.num_processes > 1:  # which the others would go on without
+                    raise
+                logger.warning(f"No checkpoint could be written ({error}); if interrupted, the run is lost.")
             finally:
+                if with_bars:
+                    enable_progress_bar()
                 self.started = time.perf_counter()
 
         trainer.training_step, trainer._get_grad_norm = recorded_step, recorded_norm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import TinyClassifier, network_saying, tiny_classifier, tiny_dataset
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, InputError, get_scheduler
-from hf_alrs.callback import HISTORY_NAME
+from hf_alrs.callback import HISTORY_NAME, prepare_again
 
 
 Config = Callable[..., ALRSConfig]
@@ -612,3 +614,37 @@ def test_a_network_that_changes_nothing_trains_as_the_linear_schedule(
     assert logged(ours) == pytest.approx(logged(plain))
     for x, y in zip(weights_of(plain.model), weights_of(ours.model), strict=True):
         assert torch.allclose(x, y, atol=1e-6)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Without the settings that the first Accelerator of the process has made for all."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_model_that_was_evaluated_first_is_prepared_anew_for_several_processes(mixed_precision: str) -> None:
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=True)
+    model = tiny_classifier()
+    batch = {key: value[None] for key, value in tiny_dataset()[0].items()}
+    forward = model.forward
+    accelerator.prepare_model(model, evaluation_mode=True)
+    assert model._is_accelerate_prepared, "accelerate would hand it back as it is"
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(world_size=2),
+        is_fsdp_enabled=False,
+        is_deepspeed_enabled=False,
+        accelerator=accelerator,
+        model=model,
+        model_wrapped=torch.nn.Sequential(model),  # as torch.compile leaves it
+    )
+    expected = model(**batch)["logits"]
+    prepare_again(trainer)
+    assert trainer.model_wrapped is model
+    assert not model._is_accelerate_prepared
+    assert model.forward == forward
+    accelerator.prepare_model(model, evaluation_mode=True)
+    torch.testing.assert_close(model(**batch)["logits"], expected)

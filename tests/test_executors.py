@@ -77,7 +77,7 @@ def test_a_cell_under_accelerate_launch_is_one_run_of_two_processes(tmp_path: Pa
     assert {len(record["history"]["loss"]) for record in records} == {8}
 
 
-# Both processes keep checkpoints at steps 20 and 40, and end at the step that the environment names
+# Both processes keep checkpoints every 20 steps, say what steps they make, and end at the one that the environment names
 CUT_SHORT = """
 import os
 if os.environ.get("LOCAL_RANK"):
@@ -86,6 +86,8 @@ if os.environ.get("LOCAL_RANK"):
     on_step_end = recording.RunRecorder.on_step_end
     def end_at(self, args, state, control, **kwargs):
         on_step_end(self, args, state, control, **kwargs)
+        with open(os.environ["HF_ALRS_TEST_STEPS"], "a") as file:
+            print(state.global_step, file=file)
         if state.global_step == int(os.environ.get("HF_ALRS_TEST_LAST_STEP", 0)):
             os._exit(1)
     recording.RunRecorder.on_step_end = end_at
@@ -99,16 +101,18 @@ def test_a_launched_cell_that_was_killed_goes_on_to_the_same_record(tmp_path: Pa
     environment = os.environ | ON_CPU | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
-    def run(folder: Path, **more: str) -> int:
-        command = launched_comparison(folder, 52, "alrs")
+    def run(folder: Path, steps: str, **more: str) -> int:
+        command, more = launched_comparison(folder, 52, "alrs"), more | {"HF_ALRS_TEST_STEPS": str(tmp_path / steps)}
         return subprocess.run(command, cwd=ROOT, env=environment | more, check=False, capture_output=True).returncode
 
-    assert run(whole) == 0
-    assert run(parts, HF_ALRS_TEST_LAST_STEP="47") == 1
+    assert run(whole, "first") == 0
+    assert run(parts, "second", HF_ALRS_TEST_LAST_STEP="47") == 1
     failed = next(parts.glob("*--*.json"))
     assert json.loads(failed.read_text())["status"] == "failed"
     failed.unlink()
-    assert run(parts) == 0
+    assert run(parts, "third") == 0
+    steps = sorted(map(int, (tmp_path / "third").read_text().split()))
+    assert steps == sorted(2 * [*range(43, 53)]), "both processes go on from the end of the epoch at step 42"
     first, second = (json.loads(next(folder.glob("*--*.json")).read_text()) for folder in (whole, parts))
     for key in ("loss", "learning_rate", "phase"):
         assert second["history"][key] == first["history"][key]

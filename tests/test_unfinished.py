@@ -4,19 +4,21 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_alrs import unfinished
 from hf_alrs.config import ALRSConfig
 from hf_alrs.experiment import DataArguments
-from hf_alrs.matrix import UNFINISHED, Experiment, build_matrix, run_matrix
+from hf_alrs.matrix import UNFINISHED, Experiment, RunSpec, build_matrix, run_matrix
 from hf_alrs.recording import RunRecorder
 from hf_alrs.report import validate_result
-from hf_alrs.unfinished import CheckpointKeeper, ProgressWriter, read_progress
+from hf_alrs.unfinished import CheckpointKeeper, ProgressWriter, claimed, read_progress
 from tasks import TASKS
 
 
@@ -49,38 +51,106 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunRecorder, "on_step_end", on_step_end)
 
 
+def record_of(folder: Path) -> dict[str, Any]:
+    return json.loads(next(folder.glob("*--*.json")).read_text())
+
+
+SCORES = ("eval_loss", "eval_accuracy", "eval_f1")
+
+
+def assert_same(parts: dict[str, Any], whole: dict[str, Any]) -> None:
+    assert parts["status"] == whole["status"] == "completed"
+    for key in ("step", "loss", "grad_norm", "learning_rate", "phase"):
+        assert parts["history"][key] == whole["history"][key], key
+    assert parts["first_batch_hash"] == whole["first_batch_hash"]
+    for key in SCORES:
+        assert parts["results"][key] == whole["results"][key]
+        assert parts["benchmark_results"][key] == whole["benchmark_results"][key]
+    steps = [[(e["step"], *(e[key] for key in SCORES)) for e in record["evaluations"]] for record in (whole, parts)]
+    assert steps[0] == steps[1]
+
+
+def interrupted(experiment: Experiment, specs: list[RunSpec], folder: Path, step: int) -> list[str]:
+    """Runs until `step`; returns the checkpoints that are left."""
+    with pytest.MonkeyPatch.context() as during:
+        during.setattr(unfinished, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)  # every 20 steps, and each epoch of 13
+        interrupt_at(step, during)
+        with pytest.raises(Interruption):
+            run_matrix(experiment, specs, folder)
+    left = folder / UNFINISHED / Path(specs[0].file_name).stem
+    return sorted(found.name for found in left.glob("checkpoint-*"))
+
+
 @pytest.mark.reliability
 @pytest.mark.parametrize("name", NAMES)
-def test_an_interrupted_cell_goes_on_to_the_same_record(
-    name: str, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_cell_goes_on_to_the_same_record(name: str, experiment: Experiment, tmp_path: Path) -> None:
     specs = build_matrix("sample", [name], [1e-3], [0])
     run_matrix(experiment, specs, tmp_path / "whole")
     assert not (tmp_path / "whole" / UNFINISHED).exists()
-    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)  # at steps 20 and 40
-    with monkeypatch.context() as during:
-        interrupt_at(47, during)
-        with pytest.raises(Interruption):
-            run_matrix(experiment, specs, tmp_path / "parts")
-    left = tmp_path / "parts" / UNFINISHED / Path(specs[0].file_name).stem
-    assert sorted(folder.name for folder in left.glob("checkpoint-*")) == ["checkpoint-20", "checkpoint-40"]
+    assert interrupted(experiment, specs, tmp_path / "parts", 47) == ["checkpoint-39", "checkpoint-40"]
     seen: list[int] = []
     run_matrix(experiment, specs, tmp_path / "parts", on_step=lambda spec, step, total, loss: seen.append(step))
     assert seen == [52], "steps up to the checkpoint are not done again"
     assert not (tmp_path / "parts" / UNFINISHED).exists()
-    whole, parts = (json.loads((tmp_path / part / specs[0].file_name).read_text()) for part in ("whole", "parts"))
+    parts = record_of(tmp_path / "parts")
     validate_result(parts, "parts")
-    assert parts["status"] == "completed"
-    for key in ("step", "loss", "grad_norm", "learning_rate", "phase"):
-        assert parts["history"][key] == whole["history"][key], key
+    assert_same(parts, record_of(tmp_path / "whole"))
     assert parts["history"]["seconds"] == sorted(parts["history"]["seconds"])
-    assert parts["first_batch_hash"] == whole["first_batch_hash"]
-    scores = ("eval_loss", "eval_accuracy", "eval_f1")
-    for key in scores:
-        assert parts["results"][key] == whole["results"][key]
-        assert parts["benchmark_results"][key] == whole["benchmark_results"][key]
-    steps = [[(e["step"], *(e[key] for key in scores)) for e in record["evaluations"]] for record in (whole, parts)]
-    assert steps[0] == steps[1]
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("name", ["alrs", "reduce_lr_on_plateau"])
+def test_the_evaluation_at_the_end_of_an_epoch_is_before_its_checkpoint(
+    name: str, experiment: Experiment, tmp_path: Path
+) -> None:
+    by_epoch = replace(
+        experiment,
+        arguments=experiment.arguments | {"eval_strategy": "epoch", "save_only_model": True, "eval_on_start": True},
+        num_evaluations=None,
+    )
+    specs = build_matrix("sample", [name], [1e-3], [0])
+    run_matrix(by_epoch, specs, tmp_path / "whole")
+    whole = record_of(tmp_path / "whole")
+    assert [evaluation["step"] for evaluation in whole["evaluations"]] == [0, 13, 26, 39, 52]
+    assert interrupted(by_epoch, specs, tmp_path / "parts", 40)[-1] == "checkpoint-39"
+    run_matrix(by_epoch, specs, tmp_path / "parts")
+    assert_same(record_of(tmp_path / "parts"), whole)
+
+
+def test_a_damaged_checkpoint_costs_one_try(experiment: Experiment, tmp_path: Path) -> None:
+    specs = build_matrix("sample", ["linear"], [1e-3], [0])
+    run_matrix(experiment, specs, tmp_path / "whole")
+    folder = tmp_path / "parts"
+    assert interrupted(experiment, specs, folder, 47) == ["checkpoint-39", "checkpoint-40"]
+    damaged = next(folder.glob(f"{UNFINISHED}/*/checkpoint-40")) / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert run_matrix(experiment, specs, folder) == 1
+    next(folder.glob("*--*.json")).unlink()
+    seen: list[int] = []
+    assert run_matrix(experiment, specs, folder, on_step=lambda spec, step, total, loss: seen.append(step)) == 0
+    assert seen == [40, 52], "from checkpoint-39 on"
+    assert_same(record_of(folder), record_of(tmp_path / "whole"))
+
+
+def test_two_commands_do_not_share_the_folder_of_a_run(tmp_path: Path) -> None:
+    with claimed(tmp_path / "run") as first, claimed(tmp_path / "run") as second:
+        assert first == tmp_path / "run"
+        assert second != first
+        assert second.is_dir()
+    assert not second.exists()
+    with claimed(tmp_path / "run") as third:
+        assert third == first
+
+
+def test_a_full_disk_ends_no_run(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    monkeypatch.setattr(unfinished, "_write", full)
+    assert run_matrix(experiment, build_matrix("sample", ["linear"], [1e-3], [0]), tmp_path) == 0
+    assert record_of(tmp_path)["status"] == "completed"
 
 
 def test_the_newest_complete_checkpoint_of_the_same_run_counts(tmp_path: Path) -> None:
@@ -90,7 +160,7 @@ def test_the_newest_complete_checkpoint_of_the_same_run_counts(tmp_path: Path) -
 
     def keep(step: int, identity: str) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
-        state = type("State", (), {"global_step": step})
+        state = SimpleNamespace(global_step=step)
         CheckpointKeeper(recorder, identity).on_save(args, state, None)
 
     assert CheckpointKeeper(RunRecorder(), "a").resume(args) is None
@@ -115,8 +185,13 @@ def test_checkpoints_are_asked_for_by_the_clock(tmp_path: Path, monkeypatch: pyt
     keeper = CheckpointKeeper(RunRecorder(), "a")
 
     def asked(step: int) -> bool:
-        control = type("Control", (), {"should_save": False})()
-        keeper.on_step_end(args, type("State", (), {"global_step": step, "max_steps": 100}), control)
+        control = SimpleNamespace(should_save=False)
+        keeper.on_step_end(args, SimpleNamespace(global_step=step, max_steps=100, epoch=step / 80), control)
+        return control.should_save
+
+    def asked_between_epochs(step: int) -> bool:
+        control = SimpleNamespace(should_save=False)
+        keeper.on_epoch_end(args, SimpleNamespace(global_step=step, max_steps=100), control)
         return control.should_save
 
     clock[0] += 599
@@ -124,10 +199,16 @@ def test_checkpoints_are_asked_for_by_the_clock(tmp_path: Path, monkeypatch: pyt
     clock[0] += 2
     assert not asked(39), "the clock is looked at every 20 steps"
     assert asked(40)
+    assert not asked(80), "the evaluation at an epoch's end comes after its last step"
+    assert asked_between_epochs(80)
     assert not asked(100), "the end needs none"
-    (tmp_path / "checkpoint-40").mkdir()
-    keeper.on_save(args, type("State", (), {"global_step": 40}), None)
-    assert not asked(60)
+    assert not asked_between_epochs(100)
+    keeper.on_epoch_begin(args, None, None)
+    assert not asked(40), "this epoch may be short"
+    assert asked_between_epochs(80)
+    (tmp_path / "checkpoint-80").mkdir()
+    keeper.on_save(args, SimpleNamespace(global_step=80), None)
+    assert not asked_between_epochs(80)
 
 
 def test_progress_is_written_at_most_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,6 +396,27 @@ def test_readme_is_written_and_drift_is_found(repository: Path) -> None:
     assert readme.read_text() == text
     plot.write_text(plot.read_text().replace("<!-- data: ", "<!-- data: 0"))
     assert update_readme(repository, check=True) == [plot]
+
+
+def test_an_ablation_has_tables_of_its_own_and_the_arena_is_not_in_readme(repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "results" / "report", repository / "results" / "arena")
+    parts = {"schedulers": ["alrs", "alrs_no_average"], "learning_rates": [1e-3, 1e-2], "seeds": [0, 1]}
+    content = changed(grids=[parts])
+    del content["studies"]["single"], content["studies"]["tiny"]["updated"]
+    content["studies"]["tiny"]["title"] = "Parts"
+    plan = read_plan(write_plan(tmp_path, content), [RECIPES])
+    store_all(plan, repository / "results" / "ablation")
+    build_evidence(plan, repository / "results" / "ablation")
+    update_readme(repository)
+    lines = (repository / "README.md").read_text().splitlines()
+    assert "| scheduler | Tiny table |" in lines, "and not the arena's beside it"
+    assert "| scheduler | Parts |" in lines
+    assert sum(line.startswith("| alrs_no_average |") for line in lines) == 1
+    told = (repository / "results" / "README.md").read_text()
+    assert told.count("#### Tiny table") == 2
+    assert "alrs against itself, changed, from the same rates. 1 of 20 epochs." in told
+    for rate in ("1e-3", "1e-2"):
+        assert re.search(rf"\| alrs_no_average \| {rate} \| 2 \| 0\.100 \[.*\] \| (beats|equals) \|", told)
 
 
 def test_a_readme_without_marks_is_refused(repository: Path) -> None:

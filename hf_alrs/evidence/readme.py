@@ -26,6 +26,8 @@ _HOW_TO_READ = (
     "seeds it often does; that is no proof of equality. Nothing here is corrected for the number of comparisons; where the "
     "text says p, it is."
 )
+# Folders of reports that README does not show: their tasks are those of the others, at other sizes
+_TOO_WIDE = "arena"
 # Drawn beside the judged scheduler, where they were run from several rates
 _PLOTTED = ("alrs", "alrs_64_64", "constant", "linear")
 
@@ -53,6 +55,11 @@ class _Study(NamedTuple):
     def is_comparison(self) -> bool:
         return self.task["reference"] is not None and any(map(is_baseline, self.schedulers))
 
+    @property
+    def is_ablation(self) -> bool:
+        """Whether ALRS is compared with itself, changed."""
+        return self.task["reference"] is not None and not self.is_comparison and len(self.schedulers) > 1
+
 
 def update_readme(root: Path, check: bool = False) -> list[Path]:
     """
@@ -70,7 +77,7 @@ def update_readme(root: Path, check: bool = False) -> list[Path]:
     """
     results = root / "results"
     reports = _load_reports(results)
-    studies = [study for report in reports.values() for study in _studies(report)]
+    studies = [s for name, report in reports.items() if not name.startswith(_TOO_WIDE) for s in _studies(report)]
     written = {
         path: _between_marks(path, text)
         for path, text in (
@@ -128,30 +135,38 @@ def _is_written(path: Path, text: str) -> bool:
 
 
 def _readme_part(studies: list[_Study]) -> str:
-    compared = [study for study in studies if study.is_comparison]
     lines: list[str] = []
-    if compared:
-        score = _short(compared[0].task["score"])
-        names = sorted(dict.fromkeys(n for study in compared for n in study.schedulers), key=is_baseline)
-        lines += [
-            f"Final {score} on the eval split, mean ± standard deviation over the seeds, from the initial rate of the "
-            f"recipe{_but_prodigy(names)}:",
-            "",
-            _row(["scheduler", *(study.told["title"] for study in compared)]),
-            _row(["---", *("---:" for _ in compared)]),
-            *(_row([name, *(_score_at_rate(study, name) for study in compared)]) for name in names),
-            "",
-            "How large the runs were:",
-            "",
-            *(f"- {s.told['title']}, from {format_rate(s.rate)}: {s.told['caption']}" for s in compared),
-            "",
-        ]
+    if compared := [study for study in studies if study.is_comparison]:
+        score = compared[0].task["score"]
+        lines += [f"Final {_short(score)}{_ON_EVAL}{_but_prodigy(_names(compared))}:", ""]
+        lines += [*_means(compared, score), "How large the runs were:", ""]
+        lines += [*(f"- {s.told['title']}, from {format_rate(s.rate)}: {s.told['caption']}" for s in compared), ""]
     if any(True for _ in _panels(studies)):
         caption = "Final score against the initial learning rate: mean over the seeds, bars of one standard deviation"
         lines += [f"![{caption}](results/{PLOT_FILE})", "", f"*{caption}.*", ""]
-    single = [f"- {line}" for study in studies if not study.is_comparison for line in _single_run(study)]
+    if ablations := [study for study in studies if study.is_ablation]:
+        lines += [f"What the parts of ALRS bring: final loss{_ON_EVAL}:", "", *_means(ablations, "eval_loss")]
+    rest = [study for study in studies if not (study.is_comparison or study.is_ablation)]
+    single = [f"- {line}" for study in rest for line in _single_run(study)]
     lines += [*single, ""] if single else []
     return "\n".join(lines) + "\n" if lines else ""
+
+
+_ON_EVAL = " on the eval split, mean ± standard deviation over the seeds, from the initial rate of the recipe"
+
+
+def _names(studies: list[_Study]) -> list[str]:
+    return sorted(dict.fromkeys(name for study in studies for name in study.schedulers), key=is_baseline)
+
+
+def _means(studies: list[_Study], metric: str) -> list[str]:
+    """Schedulers by studies."""
+    return [
+        _row(["scheduler", *(study.told["title"] for study in studies)]),
+        _row(["---", *("---:" for _ in studies)]),
+        *(_row([name, *(_mean_at_rate(study, name, metric) for study in studies)]) for name in _names(studies)),
+        "",
+    ]
 
 
 def _but_prodigy(schedulers: Iterable[str]) -> str:
@@ -171,12 +186,12 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
-def _score_at_rate(study: _Study, scheduler: str) -> str:
+def _mean_at_rate(study: _Study, scheduler: str, metric: str) -> str:
     for cell in study.cells(scheduler):
         if cell["learning_rate"] == study.rate:
             if cell["num_failed"]:
                 return f"{cell['num_failed']} of {cell['num_runs']} failed"
-            spread = cell["final"][study.task["score"]]
+            spread = cell["final"][metric]
             mean, sd = format_number(_number(spread["mean"]), 3), format_number(_number(spread["sd"]), 3)
             return mean if sd == "n/a" else f"{mean} ± {sd}"
     return "n/a"
@@ -242,7 +257,10 @@ def _verdicts_part(reports: dict[str, dict[str, Any]]) -> str:
         lines += [f"### {report['evidence']['title']}", "", f"[The report]({folder}/report.md).", ""]
         for study in _studies(report):
             lines += [f"#### {study.told['title']}", ""]
-            lines += list(_comparison(study)) if study.is_comparison else [*_single_run(study), ""]
+            if study.is_comparison:
+                lines += _comparison(study)
+            else:
+                lines += [*(_ablation(study) if study.is_ablation else _single_run(study)), ""]
     if lines:
         lines = [_HOW_TO_READ, "", *lines]
     return "\n".join(lines) + "\n" if lines else ""
@@ -270,6 +288,13 @@ def _comparison(study: _Study) -> Iterator[str]:
     yield ""
 
 
+def _ablation(study: _Study) -> Iterator[str]:
+    reference, rows = study.task["reference"], study.task["comparisons"]["same_rate"]
+    yield f"{reference} against itself, changed, from the same rates. {study.told['caption']}"
+    yield ""
+    yield from _advantages(study, rows, list(dict.fromkeys((row["other"], row["learning_rate"]) for row in rows)))
+
+
 def _rates(number: int) -> str:
     return "1 rate" if number == 1 else f"{number} rates"
 
@@ -288,21 +313,32 @@ def _verdict_table(study: _Study, title: str, rows: list[dict[str, Any]], tuned:
             f"{counts['equals']} and loses to {counts['loses']}."
         )
         yield ""
+    yield from _advantages(
+        study, rows, [(row["other"], row["learning_rate"]) for row in by_metric["eval_loss"].values()], tuned
+    )
+    yield ""
+
+
+def _advantages(
+    study: _Study, rows: list[dict[str, Any]], pairs: list[tuple[str, float]], tuned: bool = False
+) -> Iterator[str]:
+    """A table of one line for each other scheduler and rate of the judged one."""
+    measured = ("eval_loss", study.task["score"])
+    found = {(row["other"], row["learning_rate"], row["metric"]): row for row in rows}
     heads = [head for metric in measured for head in (f"{_short(metric)}: advantage", "so it")]
     yield _row(["other", "rate", "pairs", *heads])
     yield _row(["---", "---", "---:", "---:", "---", "---:", "---"])
-    for name in others:
-        found = [by_metric[metric][name] for metric in measured]
+    for name, rate in pairs:
+        first, *_ = both = [found[name, rate, metric] for metric in measured]
+        best = f", best of {_rates(len(study.cells(name)))}" if tuned else ""
         yield _row(
             [
                 name,
-                format_rate(found[0]["other_learning_rate"])
-                + (f", best of {_rates(len(study.cells(name)))}" if tuned else ""),
-                str(found[0]["num_pairs"]),
-                *(field for row in found for field in _advantage(row)),
+                format_rate(first["other_learning_rate"]) + best,
+                str(first["num_pairs"]),
+                *(field for row in both for field in _advantage(row)),
             ]
         )
-    yield ""
 
 
 def _advantage(row: dict[str, Any]) -> tuple[str, str]:

@@ -47,7 +47,7 @@ from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_b
 from .recording import RunRecorder, clean_scores, hash_tensors
 from .report import read_result
 from .scheduler import ALRSScheduler
-from .unfinished import CheckpointKeeper, ProgressWriter, claimed, read_progress
+from .unfinished import CheckpointKeeper, ProgressWriter, claimed, read_progress, write_whole
 
 
 SCHEMA_VERSION = 1
@@ -346,11 +346,7 @@ def peak_memory_bytes() -> int:
 
 def write_record(record: dict[str, Any], path: Path) -> None:
     """Writes a record so that the file is there whole or not at all, also when the process is killed."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "x") as file:
-        file.write(json.dumps(strict_json(record), allow_nan=False, default=str))
-    temporary.replace(path)
+    write_whole(json.dumps(strict_json(record), allow_nan=False, default=str), path)
 
 
 def missing(specs: Sequence[RunSpec], output_dir: Path) -> list[RunSpec]:

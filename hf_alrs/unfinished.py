@@ -75,7 +75,7 @@ class CheckpointKeeper(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         kept = {"identity": self._identity, "seconds": self.seconds, "recorder": self._recorder.state_dict()}
         with suppress(OSError):  # of a full disk, for one; then the checkpoint does not count
-            _write(kept, folder / _record_name(args.process_index))
+            write_whole(json.dumps(kept), folder / _record_name(args.process_index))
 
     def resume(self, args: Any) -> str | None:
         """Takes over the newest checkpoint in the output folder that is complete and of this run; returns its path."""
@@ -144,7 +144,7 @@ class ProgressWriter:
     def __call__(self, step: int, total: int, loss: float | None) -> None:
         if time.monotonic() >= self._next:
             with suppress(OSError):  # no reason to end a run
-                _write([step, total, loss], self._path)
+                write_whole(json.dumps([step, total, loss]), self._path)
             self._next = time.monotonic() + _SECONDS_BETWEEN_REPORTS
 
 
@@ -163,10 +163,12 @@ def _step(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _write(value: Any, path: Path) -> None:
-    """So that the file is there whole or not at all."""
+def write_whole(text: str, path: Path) -> None:
+    """Writes a file so that it is there whole or not at all, also when the process is killed."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value))
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x") as file:
+        file.write(text)
     temporary.replace(path)
 
 

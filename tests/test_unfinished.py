@@ -148,7 +148,7 @@ def test_a_full_disk_ends_no_run(experiment: Experiment, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)
-    monkeypatch.setattr(unfinished, "_write", full)
+    monkeypatch.setattr(unfinished, "write_whole", full)
     assert run_matrix(experiment, build_matrix("sample", ["linear"], [1e-3], [0]), tmp_path) == 0
     assert record_of(tmp_path)["status"] == "completed"
 

@@ -16,7 +16,8 @@ import pytest
 
 from hf_alrs.config import InputError
 from hf_alrs.report import build_report, load_runs, summarize, validate_result
-from hf_alrs.report.runs import SCHEMA_FILE
+from hf_alrs.report.plots import scheduler_styles
+from hf_alrs.report.runs import SCHEMA_FILE, group_by_task
 from hf_alrs.report.summary import format_rate, json_ready
 
 
@@ -141,6 +142,19 @@ def summary(tmp_path_factory):
 def cell_of(summary, scheduler, rate):
     cells = summary["tasks"]["sst2"]["cells"]
     return next(cell for cell in cells if (cell["scheduler"], cell["learning_rate"]) == (scheduler, rate))
+
+
+def test_ablations_differ_in_colour_where_no_baseline_needs_the_colours(tmp_path):
+    names = ("alrs", "alrs_no_average", "alrs_no_fit")
+
+    def styles_of(*shown):
+        folder = store(tmp_path / shown[-1], *(make_record(name, level=0.4) for name in shown))
+        return scheduler_styles(group_by_task(load_runs([folder])))
+
+    assert len({style.color for style in styles_of(*names).values()}) == 3
+    styles = styles_of(*names, "linear")
+    assert styles["alrs"].color == styles["alrs_no_fit"].color != styles["linear"].color
+    assert len({str(styles[name].dashes) for name in names}) == 3
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ class Style:
 def scheduler_styles(tasks: list[TaskRuns]) -> dict[str, Style]:
     """
     One style for each scheduler of the report. The best baselines, by their mean place over the tasks, take the solid
-    lines of the six colours; ALRS and its ablations share one colour and differ in dashes.
+    lines of the six colours; ALRS and its ablations share one colour and differ in dashes. Without baselines the
+    ablations take the six colours.
     """
     places: dict[str, list[int]] = {}
     for task in tasks:
@@ -128,9 +129,10 @@ def scheduler_styles(tasks: list[TaskRuns]) -> dict[str, Style]:
     judged = sorted((name for name in places if not is_baseline(name)), key=lambda name: (len(name), name))
     styles = {}
     for index, name in enumerate(judged):
-        styles[name] = Style(
-            REFERENCE_COLOR, DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)], 2.3 if index == 0 else 1.4
-        )
+        color, dashes = REFERENCE_COLOR, DASHES[index % len(DASHES)]
+        if index > 0 and len(judged) == len(ranked):
+            color, dashes = BASELINE_COLORS[(index - 1) % len(BASELINE_COLORS)], DASHES[0]
+        styles[name] = Style(color, dashes, MARKERS[index % len(MARKERS)], 2.3 if index == 0 else 1.4)
     for index, name in enumerate(filter(is_baseline, ranked)):
         cycle, place = divmod(index, len(BASELINE_COLORS))
         marker = MARKERS[(place + cycle) % len(MARKERS)]

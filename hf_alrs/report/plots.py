@@ -127,10 +127,11 @@ def scheduler_styles(tasks: list[TaskRuns]) -> dict[str, Style]:
             places.setdefault(name, []).append(place)
     ranked = sorted(places, key=lambda name: (float(np.mean(places[name])), name))
     judged = sorted((name for name in places if not is_baseline(name)), key=lambda name: (len(name), name))
+    colors_are_free = not any(map(is_baseline, ranked))
     styles = {}
     for index, name in enumerate(judged):
         color, dashes = REFERENCE_COLOR, DASHES[index % len(DASHES)]
-        if index > 0 and len(judged) == len(ranked):
+        if index > 0 and colors_are_free:
             color, dashes = BASELINE_COLORS[(index - 1) % len(BASELINE_COLORS)], DASHES[0]
         styles[name] = Style(color, dashes, MARKERS[index % len(MARKERS)], 2.3 if index == 0 else 1.4)
     for index, name in enumerate(filter(is_baseline, ranked)):

@@ -116,30 +116,6 @@ def test_long_groups_have_seeds_of_their_own() -> None:
     assert sum(spec.pretrained for spec in specs) > 20
 
 
-def test_extended_groups_reach_many_epochs_and_long_fine_tuning() -> None:
-    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_extended_groups=2,
-                                num_held_out_extended_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_extended_seeds) == [200_005]
-    assert config.train_seeds == [6, 200_006, 200_007]
-    assert config.size_of(200_006) == (2, 24.0)
-    specs = [sample_spec(seed, 24.0) for seed in range(200_000, 200_060)]
-    assert min(spec.num_training_steps for spec in specs) >= 400
-    epochs = [s.num_training_steps * s.batch_size / s.num_examples for s in specs if not s.pretrained]
-    assert sum(e > 40 for e in epochs) >= 8
-    fine_tuning = [s.num_training_steps for s in specs if s.kind == "attention"]
-    assert all(s.pretrained for s in specs if s.kind == "attention") and max(fine_tuning) > 800
-
-
-def test_the_groups_of_the_first_version_stay_as_they_were() -> None:
-    """The bank of short and long groups is hours of work."""
-    drawn = [sample_spec(seed, 5.0) for seed in (0, 1, 100_000)]
-    assert [(s.kind, s.data, s.num_training_steps, s.num_examples, s.optimizer) for s in drawn] == [
-        ("attention", "sequence", 112, 300, "adamw"),
-        ("bag", "topics", 334, 6000, "sgd"),
-        ("mlp", "digits", 479, 1152, "adam"),
-    ]
-
-
 def test_a_group_survives_its_file(tmp_path: Path) -> None:
     group = run_group(3, num_tasks=1, max_cost=1.0)
     save_group(group, group_path(tmp_path, 3))

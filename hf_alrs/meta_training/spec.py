@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-POPULATION_VERSION = 2
+POPULATION_VERSION = 1
 
 # Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
 NUM_CONTROLLER, NUM_EVAL = 128, 256
@@ -30,13 +30,6 @@ LONG_KINDS = {"mlp": 0.2, "conv": 0.08, "bag": 0.2, "rnn": 0.08, "attention": 0.
 LONG_MIN_STEPS = 300
 LONG_MAX_STEPS = {"mlp": 2500, "conv": 900, "bag": 2500, "rnn": 700, "attention": 1200}
 LONG_PRETRAINED_SHARE = {"mlp": 0.5, "conv": 0.5, "bag": 0.5, "rnn": 0.5, "attention": 0.9}
-# Seeds from here on draw what the bounds on steps and examples keep the others from: a hundred passes over little data,
-# and thousands of steps of fine-tuning a transformer. A network that saw neither extrapolates far from the right rate.
-EXTENDED_SEED = 200_000
-EXTENDED_KINDS = {"mlp": 0.40, "conv": 0.08, "bag": 0.12, "rnn": 0.10, "attention": 0.30}
-EXTENDED_MIN_STEPS = 400
-EXTENDED_MAX_STEPS = {"mlp": 4000, "conv": 1500, "bag": 4000, "rnn": 1500, "attention": 2500}
-EXTENDED_PRETRAINED_SHARE = {"mlp": 0.1, "conv": 0.0, "bag": 0.1, "rnn": 0.0, "attention": 1.0}
 
 
 @dataclass(frozen=True)
@@ -148,15 +141,14 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
 
     Args:
         seed (`int`): The same seed and `max_cost` always give the same spec. Seeds from 100,000 on give long runs,
-            most of them from pretrained weights; those from 200,000 on give many epochs, or long fine-tuning.
+            most of them from pretrained weights.
         max_cost (`float`, *optional*):
             Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
             gets narrower; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
             the share of each kind as it is.
     """
-    r = random.Random(f"population-1-{seed}")  # what version 2 added did not change the groups of version 1
-    kinds = EXTENDED_KINDS if seed >= EXTENDED_SEED else LONG_KINDS if seed >= LONG_SEED else KINDS
-    fewest_steps = EXTENDED_MIN_STEPS if seed >= EXTENDED_SEED else MIN_STEPS
+    r = random.Random(f"population-{POPULATION_VERSION}-{seed}")
+    kinds = LONG_KINDS if seed >= LONG_SEED else KINDS
     kind = r.choices(list(kinds), list(kinds.values()))[0]
     for _ in range(1000):
         fields = _draw(r, seed, kind)
@@ -170,7 +162,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
             if cost <= max_cost:
                 return _with_examples(fields)
             steps = int(fields["num_training_steps"] * max_cost / cost)
-            if steps >= fewest_steps:
+            if steps >= MIN_STEPS:
                 return _with_examples({**fields, "num_training_steps": steps})
     raise ValueError(f"max_cost={max_cost} leaves no {kind} task; raise it to at least 1.")
 
@@ -187,8 +179,6 @@ def _with_examples(fields: dict[str, Any]) -> TaskSpec:
     lower = 300
     if not fields["pretrained"]:
         lower = {"sequence": 2000, "images": 800}.get(fields["data"], 600)
-        if fields["seed"] >= EXTENDED_SEED:
-            lower = lower // 3
     return TaskSpec(num_examples=max(lower, min(num_examples, upper)), **fields)
 
 
@@ -198,9 +188,8 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     optimizer = r.choices(list(OPTIMIZERS), list(OPTIMIZERS.values()))[0]
-    extended, long = seed >= EXTENDED_SEED, seed >= LONG_SEED
-    shares = EXTENDED_PRETRAINED_SHARE if extended else LONG_PRETRAINED_SHARE if long else PRETRAINED_SHARE
-    pretrained = r.random() < shares[kind]
+    long = seed >= LONG_SEED
+    pretrained = r.random() < (LONG_PRETRAINED_SHARE if long else PRETRAINED_SHARE)[kind]
     if kind == "attention" and pretrained and r.random() < 0.5:
         optimizer = "adamw"  # what transformers are fine-tuned with
     data = {
@@ -275,12 +264,6 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         if kind == "attention":
             fields["depth"] = r.choice([2, 4, 4, 6, 6])
             fields["length"] = min(fields["length"], 8) if tokens else fields["length"]
-    if extended:
-        fields["num_training_steps"] = int(_log_uniform(r, EXTENDED_MIN_STEPS, EXTENDED_MAX_STEPS[kind]))
-        fields["epochs"] = _log_uniform(r, 10, 100)
-        if kind == "attention":
-            fields["depth"] = r.choice([2, 2, 3, 4])
-            fields["hidden"] = fields["embedding_dim"] = r.choice([16, 16, 24])
     if long and pretrained:
         fields["epochs"] = _log_uniform(r, 1, 4)
         fields["num_upstream"] = 8000

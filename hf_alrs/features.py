@@ -25,7 +25,7 @@ import numpy as np
 Array = np.ndarray | float
 
 # Bumped whenever a feature's meaning, order or count changes: networks are trained for one version.
-FEATURE_VERSION = 1
+FEATURE_VERSION = 2
 
 # Inner products at a decision. g: gradient at this step, h: gradient of the step before, u: update of the step before,
 # w: weights, x: w minus the initial weights, d: displacement since the last decision, e: the displacement before that.
@@ -55,6 +55,9 @@ _EPS = 1e-20
 _LOSS_EPS = 1e-6
 _LOSS_CAP = 1e3  # losses past this many times the initial one carry no more information than "diverged"
 _LIMIT = 4.0
+# The longest run and the most epochs that networks are trained on. Longer runs count as such: extrapolated, these two
+# features alone put the rate off by a factor of ten and more.
+_LONGEST, _MOST_EPOCHS = 4000, 100
 _LARGEST = 1e150
 
 
@@ -386,8 +389,8 @@ def progress(m: Moment) -> Array:
 
 
 def run_length(m: Moment) -> Array:
-    """Length of the run, (ln T - 6) / 2."""
-    return (ln(m.num_training_steps) - 6.0) / 2.0
+    """Length of the run, (ln T - 6) / 2, with T at most 4000."""
+    return (ln(min(m.num_training_steps, _LONGEST)) - 6.0) / 2.0
 
 
 def adaptive_optimizer(m: Moment) -> Array:
@@ -396,8 +399,8 @@ def adaptive_optimizer(m: Moment) -> Array:
 
 
 def epochs(m: Moment) -> Array:
-    """Passes over the data, (ln epochs - 1) / 1.5: many passes overfit at rates that one pass needs."""
-    return (ln(max(m.num_epochs, 1e-3)) - 1.0) / 1.5
+    """Passes over the data (at most 100), (ln epochs - 1) / 1.5: many passes overfit at rates that one pass needs."""
+    return (ln(min(max(m.num_epochs, 1e-3), _MOST_EPOCHS)) - 1.0) / 1.5
 
 
 def decisions(m: Moment) -> Array:

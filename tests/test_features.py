@@ -69,10 +69,12 @@ CASES: list[tuple[str, Moment, float]] = [
     ("progress", moment(step=25), -0.5),
     # ln 1000 = 6.907755; 0.907755 / 2
     ("run_length", moment(num_training_steps=1000), 0.453878),
+    ("run_length", moment(num_training_steps=1_000_000), 1.147025),  # as 4,000 steps
     ("adaptive_optimizer", moment(adaptive=True), 1.0),
     ("adaptive_optimizer", moment(adaptive=False), -1.0),
     # ln 10 = 2.302585; 1.302585 / 1.5
     ("epochs", moment(num_epochs=10.0), 0.868390),
+    ("epochs", moment(num_epochs=300.0), 2.403447),  # as 100
     # ln 20 = 2.995732; 0.995732 / 1.5
     ("decisions", moment({"decision_count": 20.0}), 0.663821),
     # before the first decision: as one, (0 - 2) / 1.5

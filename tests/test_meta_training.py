@@ -116,6 +116,44 @@ def test_long_groups_have_seeds_of_their_own() -> None:
     assert sum(spec.pretrained for spec in specs) > 20
 
 
+def test_extended_groups_reach_many_epochs() -> None:
+    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_extended_groups=2,
+                                num_held_out_extended_groups=1, seed=5)  # fmt: skip
+    assert list(config.held_out_extended_seeds) == [200_005]
+    assert config.train_seeds == [6, 200_006, 200_007]
+    assert config.size_of(200_006) == (2, 24.0)
+    specs = [sample_spec(seed, 24.0) for seed in range(200_000, 200_060)]
+    assert min(spec.num_training_steps for spec in specs) >= 400
+    epochs = [s.num_training_steps * s.batch_size / s.num_examples for s in specs if not s.pretrained]
+    assert sum(e > 40 for e in epochs) >= 8
+    assert "attention" not in {spec.kind for spec in specs}
+
+
+def test_the_groups_of_the_first_version_stay_as_they_were() -> None:
+    """The bank of short and long groups is hours of work."""
+    drawn = [sample_spec(seed, 5.0) for seed in (0, 1, 100_000)]
+    assert [(s.kind, s.data, s.num_training_steps, s.num_examples, s.optimizer) for s in drawn] == [
+        ("attention", "sequence", 112, 300, "adamw"),
+        ("bag", "topics", 334, 6000, "sgd"),
+        ("mlp", "digits", 479, 1152, "adam"),
+    ]
+
+
+def test_transformers_mostly_have_separate_projections_and_many_unused_tokens() -> None:
+    specs = [spec for seed in range(600) if (spec := sample_spec(seed, 5.0)).kind == "attention"]
+    assert 0.6 < sum(spec.separate_projections for spec in specs) / len(specs) < 0.9
+    assert any(spec.pooler for spec in specs) and all(spec.pool == "first" for spec in specs if spec.pooler)
+    fine_tuned = [spec for spec in specs if spec.pretrained and spec.data in ("topics", "sequence")]
+    assert 0.4 < sum(spec.unused_tokens > 0 for spec in fine_tuned) / len(fine_tuned) < 0.8
+
+
+def test_training_groups_need_no_annealed_runs() -> None:
+    full, averaged = run_group(3, 1, 1.0), run_group(3, 1, 1.0, annealed=False)
+    torch.testing.assert_close(full.averaged_loss, averaged.averaged_loss)
+    assert torch.equal(averaged.loss, averaged.averaged_loss) and not torch.equal(full.loss, full.averaged_loss)
+    assert averaged.grid_regret.min() >= 0.0  # of the best averaged run: 0 in loss or in error
+
+
 def test_a_group_survives_its_file(tmp_path: Path) -> None:
     group = run_group(3, num_tasks=1, max_cost=1.0)
     save_group(group, group_path(tmp_path, 3))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_alrs.meta_training.population import Population, TaskSpec, estimate_cost, sample_spec
 
@@ -231,6 +232,54 @@ def test_one_member_equals_plain_pytorch(fields, optimizer, clip, decay):
     )
     difference = (member(population, expected, index) - member(population, population.weights, index)).abs()
     assert difference.quantile(0.9) < 2e-4
+
+
+def test_a_post_norm_transformer_with_separate_projections_and_a_pooler_is_bert():
+    spec = TaskSpec(
+        **{**ATTENTION, "pre_norm": False, "pool": "first", "separate_projections": True, "pooler": True},
+        unused_tokens=7,
+        optimizer="adamw",
+    )
+    population = Population(spec, 1, 1)
+    config = BertConfig(
+        vocab_size=67, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=8, type_vocab_size=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        layer_norm_eps=1e-5, num_labels=2,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    names = {
+        "embedding": "bert.embeddings.word_embeddings.weight",
+        "position": "bert.embeddings.position_embeddings.weight",
+        "norm": "bert.embeddings.LayerNorm",
+        "pooler": "bert.pooler.dense",
+        "head": "classifier",
+    }
+    for layer in range(2):
+        block = f"bert.encoder.layer.{layer}"
+        for ours in ("query", "key", "value"):
+            names[f"{ours}{layer}"] = f"{block}.attention.self.{ours}"
+        names[f"out{layer}"] = f"{block}.attention.output.dense"
+        names[f"attention_norm{layer}"] = f"{block}.attention.output.LayerNorm"
+        names[f"up{layer}"] = f"{block}.intermediate.dense"
+        names[f"down{layer}"] = f"{block}.output.dense"
+        names[f"feedforward_norm{layer}"] = f"{block}.output.LayerNorm"
+    state = {"bert.embeddings.token_type_embeddings.weight": torch.zeros(1, 16)}
+    flat = population.split(population.initial_weights)
+    for name, shape, weights in zip(population.parameter_names, population.shapes, flat, strict=True):
+        base, _, kind = name.partition(".")
+        dense = kind == "weight" and "norm" not in base
+        value = weights[0].view(shape)
+        value = value.T if dense else value if not kind else value[0]
+        state[names[base] + (f".{kind}" if kind else "")] = value.contiguous()
+    assert not model.load_state_dict(state, strict=False).unexpected_keys and len(state) == len(model.state_dict())
+    inputs, _ = population._batch(0)
+    named = dict(zip(population.parameter_names, population._shaped(population.initial_weights), strict=True))
+    logits = population.network.forward(named, inputs, lambda x: x)
+    with torch.no_grad():
+        torch.testing.assert_close(logits[0], model(inputs[0]).logits, rtol=1e-4, atol=1e-5)
+    trained = [p for p in model.parameters() if p.dim() > 1]
+    # The features count and average over matrices: BERT's own, but for its token types
+    assert sum(population.is_matrix) == len(trained) - 1
 
 
 def test_restart_touches_only_the_mask():

@@ -36,7 +36,8 @@ class Group:
     Args:
         spec (`TaskSpec`): What the tasks share.
         log_rates (`Tensor` of shape `[grid_size]`): Natural logarithms of the peak rates, evenly spaced.
-        loss, error (`Tensor` of shape `[num_tasks, grid_size]`): On the eval split, at the end of a linear decay to 0.
+        loss, error (`Tensor` of shape `[num_tasks, grid_size]`): On the eval split, at the end of a linear decay to 0;
+            those of averaged weights where no such runs were made.
         averaged_loss, averaged_error (`Tensor` of shape `[num_tasks, grid_size]`): The same of averaged weights, at the
             end of the decay to `AVERAGED_FINAL_LR_RATIO` that goes with averaging.
         initial (`list[Tensor]`): Initial weights, `[num_tasks, *shape]` each (pre-training is not run again).
@@ -100,13 +101,20 @@ class Group:
         return population
 
 
-def run_group(seed: int, num_tasks: int, max_cost: float | None) -> Group:
-    """Runs the grid of the group that `seed` draws."""
+def run_group(seed: int, num_tasks: int, max_cost: float | None, annealed: bool = True) -> Group:
+    """
+    Runs the grid of the group that `seed` draws.
+
+    Args:
+        seed (`int`), num_tasks (`int`), max_cost (`float`, *optional*): Which group, see [`sample_spec`].
+        annealed (`bool`, *optional*, defaults to `True`): Whether to run the grid with linear decay as well. It only
+            sets the origin and the scale of the regret, which judging needs and training does not.
+    """
     population = Population(sample_spec(seed, max_cost), num_tasks, GRID_SIZE)
     grid = population.learning_rate_grid
     rates, shape = grid.repeat(num_tasks), (num_tasks, GRID_SIZE)
-    loss, error = population.run_fixed(rates)
     averaged_loss, averaged_error = population.run_fixed(rates, AVERAGED_FINAL_LR_RATIO, average=True)
+    loss, error = population.run_fixed(rates) if annealed else (averaged_loss, averaged_error)
     return Group(
         spec=population.spec,
         log_rates=grid.clone(),
@@ -185,10 +193,12 @@ def load_group(path: Path) -> Group:
     return group
 
 
-def fill_bank(folder: Path, seeds: Iterable[int], num_tasks: int, max_cost: float | None) -> None:
+def fill_bank(
+    folder: Path, seeds: Iterable[int], num_tasks: int, max_cost: float | None, annealed: bool = True
+) -> None:
     """Runs every group that the folder does not hold yet; may be interrupted at any time."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         path = group_path(folder, seed)
         if not path.exists():
-            save_group(run_group(seed, num_tasks, max_cost), path)
+            save_group(run_group(seed, num_tasks, max_cost, annealed), path)

@@ -103,7 +103,7 @@ class _Network:
         self._add(f"{name}.bias", (1, size), "constant", 0.0)
 
     def _embedding(self) -> int:
-        vocabulary, size = self.spec.vocabulary, self.spec.embedding_dim
+        vocabulary, size = self.spec.vocabulary + self.spec.unused_tokens, self.spec.embedding_dim
         self._add("embedding", (vocabulary, size), "normal", self.spec.embedding_std, (vocabulary, size))
         self.parameters[-1].is_embedding = True
         return size
@@ -162,7 +162,8 @@ class _Network:
         if not spec.pre_norm:
             self._norm("norm", d)
         for block in range(spec.depth):
-            self._linear(f"qkv{block}", d, 3 * d, gain=1.0)
+            for name in self._projections:
+                self._linear(f"{name}{block}", d, 3 * d // len(self._projections), gain=1.0)
             self._linear(f"out{block}", d, d, gain=1.0)
             self._norm(f"attention_norm{block}", d)
             self._linear(f"up{block}", d, spec.feedforward * d)
@@ -170,7 +171,13 @@ class _Network:
             self._norm(f"feedforward_norm{block}", d)
         if spec.pre_norm:
             self._norm("norm", d)
+        if spec.pooler:
+            self._linear("pooler", d, d, gain=1.0)
         self.num_features = d
+
+    @property
+    def _projections(self) -> tuple[str, ...]:
+        return ("query", "key", "value") if self.spec.separate_projections else ("qkv",)
 
     # -- forward pass: `w` maps names to `[members, ...]`, inputs are `[members, batch, ...]`
 
@@ -285,7 +292,8 @@ class _Network:
         x = dropout(x)
         for block in range(spec.depth):
             y = self._layer_norm(w, f"attention_norm{block}", x) if spec.pre_norm else x
-            qkv = torch.baddbmm(w[f"qkv{block}.bias"], y, w[f"qkv{block}.weight"])
+            names = [f"{name}{block}" for name in self._projections]
+            qkv = torch.cat([torch.baddbmm(w[f"{name}.bias"], y, w[f"{name}.weight"]) for name in names], -1)
             qkv = qkv.view(members * batch, length, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
             y = y.transpose(1, 2).reshape(members, batch * length, d)
@@ -297,7 +305,10 @@ class _Network:
             x = x + y if spec.pre_norm else self._layer_norm(w, f"feedforward_norm{block}", x + y)
         x = x.view(members, batch, length, d)
         x = x.mean(2) if spec.pool == "mean" else x[:, :, 0]
-        return self._layer_norm(w, "norm", x) if spec.pre_norm else x
+        x = self._layer_norm(w, "norm", x) if spec.pre_norm else x
+        if spec.pooler:
+            x = dropout(torch.tanh(torch.baddbmm(w["pooler.bias"], x, w["pooler.weight"])))
+        return x
 
 
 class Population:

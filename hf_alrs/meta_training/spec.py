@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-POPULATION_VERSION = 1
+POPULATION_VERSION = 3
 
 # Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
 NUM_CONTROLLER, NUM_EVAL = 128, 256
@@ -30,6 +30,13 @@ LONG_KINDS = {"mlp": 0.2, "conv": 0.08, "bag": 0.2, "rnn": 0.08, "attention": 0.
 LONG_MIN_STEPS = 300
 LONG_MAX_STEPS = {"mlp": 2500, "conv": 900, "bag": 2500, "rnn": 700, "attention": 1200}
 LONG_PRETRAINED_SHARE = {"mlp": 0.5, "conv": 0.5, "bag": 0.5, "rnn": 0.5, "attention": 0.9}
+# Seeds from here on draw what the bounds on steps and examples keep the others from: up to a hundred passes over little
+# data. A network that never saw them extrapolates far from the right rate.
+EXTENDED_SEED = 200_000
+EXTENDED_KINDS = {"mlp": 0.54, "conv": 0.13, "bag": 0.18, "rnn": 0.15}
+EXTENDED_MIN_STEPS = 400
+EXTENDED_MAX_STEPS = {"mlp": 4000, "conv": 1500, "bag": 4000, "rnn": 1500}
+EXTENDED_PRETRAINED_SHARE = {"mlp": 0.1, "conv": 0.0, "bag": 0.1, "rnn": 0.0}
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,9 @@ class TaskSpec:
         residual (`bool`): Skip connections in MLPs and conv nets.
         pool (`str`): How positions become one vector: `"mean"`, `"last"`, `"first"` or `"flatten"`.
         heads (`int`), feedforward (`int`), pre_norm (`bool`): Transformer blocks.
+        separate_projections (`bool`): Whether queries, keys and values have a matrix each, as in most transformers, or
+            one together. Features count matrices and average over them: the same training reads otherwise.
+        pooler (`bool`): A dense layer with tanh between a transformer and its head, as BERT has.
         cell (`str`), bidirectional (`bool`): Recurrent nets, `"gated"` or `"lstm"`.
         num_classes (`int`): Classes of the task.
         label_noise (`float`): Share of random labels, in all splits.
@@ -68,6 +78,8 @@ class TaskSpec:
         noise (`float`): Noise on images, or how blurred topics are.
         image_size (`int`), channels (`int`): Image data.
         vocabulary (`int`), length (`int`), embedding_dim (`int`), rule (`str`): Token data.
+        unused_tokens (`int`):
+            Rows of the embedding beyond the vocabulary, which no example has: pretrained models have many.
         init (`str`): `"torch"` (the defaults of `torch.nn`), `"variance"` (He, Xavier) or `"small"` (what N(0, 0.02)
             is at a width of 400).
         init_scale (`float`): Factor on the initial matrices.
@@ -102,6 +114,8 @@ class TaskSpec:
     heads: int = 2
     feedforward: int = 2
     pre_norm: bool = True
+    separate_projections: bool = False
+    pooler: bool = False
     cell: str = "gated"
     bidirectional: bool = False
     num_classes: int = 2
@@ -118,6 +132,7 @@ class TaskSpec:
     vocabulary: int = 200
     length: int = 12
     embedding_dim: int = 16
+    unused_tokens: int = 0
     rule: str = "negation"
     init: str = "torch"
     init_scale: float = 1.0
@@ -141,17 +156,20 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
 
     Args:
         seed (`int`): The same seed and `max_cost` always give the same spec. Seeds from 100,000 on give long runs,
-            most of them from pretrained weights.
+            most of them from pretrained weights; those from 200,000 on give many epochs.
         max_cost (`float`, *optional*):
             Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
             gets narrower; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
             the share of each kind as it is.
     """
-    r = random.Random(f"population-{POPULATION_VERSION}-{seed}")
-    kinds = LONG_KINDS if seed >= LONG_SEED else KINDS
+    r = random.Random(f"population-1-{seed}")  # what later versions added did not change the tasks of version 1
+    details = random.Random(f"population-3-{seed}")
+    kinds = EXTENDED_KINDS if seed >= EXTENDED_SEED else LONG_KINDS if seed >= LONG_SEED else KINDS
+    fewest_steps = EXTENDED_MIN_STEPS if seed >= EXTENDED_SEED else MIN_STEPS
     kind = r.choices(list(kinds), list(kinds.values()))[0]
     for _ in range(1000):
         fields = _draw(r, seed, kind)
+        _draw_details(details, fields)
         if max_cost is None:
             return _with_examples(fields)
         for change in ({}, {"batch_size": 8}, {"hidden": 16, "embedding_dim": 16, "feedforward": 2, "heads": 2}):
@@ -162,7 +180,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
             if cost <= max_cost:
                 return _with_examples(fields)
             steps = int(fields["num_training_steps"] * max_cost / cost)
-            if steps >= MIN_STEPS:
+            if steps >= fewest_steps:
                 return _with_examples({**fields, "num_training_steps": steps})
     raise ValueError(f"max_cost={max_cost} leaves no {kind} task; raise it to at least 1.")
 
@@ -179,6 +197,8 @@ def _with_examples(fields: dict[str, Any]) -> TaskSpec:
     lower = 300
     if not fields["pretrained"]:
         lower = {"sequence": 2000, "images": 800}.get(fields["data"], 600)
+        if fields["seed"] >= EXTENDED_SEED:
+            lower = lower // 3
     return TaskSpec(num_examples=max(lower, min(num_examples, upper)), **fields)
 
 
@@ -188,8 +208,9 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     optimizer = r.choices(list(OPTIMIZERS), list(OPTIMIZERS.values()))[0]
-    long = seed >= LONG_SEED
-    pretrained = r.random() < (LONG_PRETRAINED_SHARE if long else PRETRAINED_SHARE)[kind]
+    extended, long = seed >= EXTENDED_SEED, seed >= LONG_SEED
+    shares = EXTENDED_PRETRAINED_SHARE if extended else LONG_PRETRAINED_SHARE if long else PRETRAINED_SHARE
+    pretrained = r.random() < shares[kind]
     if kind == "attention" and pretrained and r.random() < 0.5:
         optimizer = "adamw"  # what transformers are fine-tuned with
     data = {
@@ -264,6 +285,9 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         if kind == "attention":
             fields["depth"] = r.choice([2, 4, 4, 6, 6])
             fields["length"] = min(fields["length"], 8) if tokens else fields["length"]
+    if extended:
+        fields["num_training_steps"] = int(_log_uniform(r, EXTENDED_MIN_STEPS, EXTENDED_MAX_STEPS[kind]))
+        fields["epochs"] = _log_uniform(r, 10, 100)
     if long and pretrained:
         fields["epochs"] = _log_uniform(r, 1, 4)
         fields["num_upstream"] = 8000
@@ -322,6 +346,16 @@ def _draw_model(r: random.Random, fields: dict[str, Any]) -> None:
             fields["length"] = 16
         else:
             fields["length"] = min(fields["length"], 12)
+
+
+def _draw_details(r: random.Random, fields: dict[str, Any]) -> None:
+    """Adds what hardly changes the training of a model, but the features that it shows."""
+    tokens, attention = fields["data"] in ("topics", "sequence"), fields["kind"] == "attention"
+    if attention:
+        fields["separate_projections"] = r.random() < 0.75
+        fields["pooler"] = tokens and fields["pool"] == "first" and r.random() < 0.6
+    if tokens and r.random() < (0.6 if attention and fields["pretrained"] else 0.2):
+        fields["unused_tokens"] = min(600, round(fields["vocabulary"] * r.uniform(0.5, 3)))
 
 
 def estimate_cost(spec: TaskSpec) -> float:

@@ -31,7 +31,7 @@ from ..network import MetaLRNetwork
 from .bank import Group, fill_bank, group_path, load_group, load_stored
 from .population import GRID_SIZE
 from .rollout import rollout
-from .spec import LONG_SEED, POPULATION_VERSION
+from .spec import EXTENDED_SEED, LONG_SEED, POPULATION_VERSION
 
 
 _HUBER_WEIGHT = 0.03
@@ -52,7 +52,9 @@ class MetaTrainingConfig:
         num_held_out_groups (`int`): Further groups that judge and choose, never trained on.
         num_long_groups, num_held_out_long_groups (`int`): The same for groups of long runs; they cost several times as
             much. The held-out ones are judged in a table of their own.
-        num_tasks, num_long_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights.
+        num_extended_groups, num_held_out_extended_groups (`int`): The same for groups of many epochs.
+        num_tasks, num_long_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights; the
+            second one is for extended groups too.
         num_members (`int`): Runs of each task in a round.
         num_rounds (`int`): Rounds of data aggregation, the first one without a network.
         num_iterations (`int`): Steps of the regression after each round.
@@ -63,8 +65,8 @@ class MetaTrainingConfig:
             differ widely in how they do under their own control.
         states_from (`list[str]`): Output folders of earlier runs, whose states and networks count as well.
         num_distillation_iterations (`int`): Steps of the distillation.
-        max_cost, max_long_cost (`float`, *optional*): Groups whose grid would take more seconds than about this are
-            made shorter.
+        max_cost, max_long_cost, max_extended_cost (`float`, *optional*): Groups whose grid would take more seconds than
+            about this are made shorter.
         num_workers (`int`): Processes.
         seed (`int`): Groups are drawn from seeds `seed`, `seed + 1`, ...; the held-out ones come first.
     """
@@ -74,6 +76,8 @@ class MetaTrainingConfig:
     num_held_out_groups: int = 40
     num_long_groups: int = 0
     num_held_out_long_groups: int = 0
+    num_extended_groups: int = 0
+    num_held_out_extended_groups: int = 0
     num_tasks: int = 4
     num_long_tasks: int = 2
     num_members: int = 6
@@ -87,6 +91,7 @@ class MetaTrainingConfig:
     num_distillation_iterations: int = 10_000
     max_cost: float | None = 4.0
     max_long_cost: float | None = 16.0
+    max_extended_cost: float | None = 24.0
     num_workers: int = 2
     seed: int = 0
 
@@ -117,7 +122,12 @@ class MetaTrainingConfig:
             if not (Path(folder) / "states").is_dir():
                 rule = "is not the output folder of an earlier run."
                 raise InputError("states_from", folder, rule, "Make that run first, or leave it out.")
-        for name in ("num_long_groups", "num_held_out_long_groups"):
+        for name in (
+            "num_long_groups",
+            "num_held_out_long_groups",
+            "num_extended_groups",
+            "num_held_out_extended_groups",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise InputError(name, value, "must be a whole number of at least 0.", "Correct the configuration.")
@@ -132,15 +142,25 @@ class MetaTrainingConfig:
         return range(start, start + self.num_held_out_long_groups)
 
     @property
+    def held_out_extended_seeds(self) -> range:
+        start = EXTENDED_SEED + self.seed
+        return range(start, start + self.num_held_out_extended_groups)
+
+    @property
     def train_seeds(self) -> list[int]:
-        start = self.seed + self.num_held_out_groups
-        long = self.held_out_long_seeds.stop
-        return [*range(start, start + self.num_groups), *range(long, long + self.num_long_groups)]
+        start, long = self.seed + self.num_held_out_groups, self.held_out_long_seeds.stop
+        extended = self.held_out_extended_seeds.stop
+        return [
+            *range(start, start + self.num_groups),
+            *range(long, long + self.num_long_groups),
+            *range(extended, extended + self.num_extended_groups),
+        ]
 
     def size_of(self, seed: int) -> tuple[int, float | None]:
         """Number of tasks and bound on the cost of the group that `seed` draws."""
-        long = seed >= LONG_SEED
-        return (self.num_long_tasks, self.max_long_cost) if long else (self.num_tasks, self.max_cost)
+        if seed >= EXTENDED_SEED:
+            return self.num_long_tasks, self.max_extended_cost
+        return (self.num_long_tasks, self.max_long_cost) if seed >= LONG_SEED else (self.num_tasks, self.max_cost)
 
 
 @dataclass
@@ -324,11 +344,12 @@ def summarize(evaluations: Sequence[dict[str, list]]) -> dict[str, object]:
 
 def _init_worker() -> None:
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
 
 
-def _fill(arguments: tuple[str, int, int, float | None]) -> None:
-    folder, seed, num_tasks, max_cost = arguments
-    fill_bank(Path(folder), [seed], num_tasks, max_cost)
+def _fill(arguments: tuple[str, int, int, float | None, bool]) -> None:
+    folder, seed, num_tasks, max_cost, annealed = arguments
+    fill_bank(Path(folder), [seed], num_tasks, max_cost, annealed)
 
 
 def _visit(arguments: tuple[str, int, str | None, int, str, int]) -> None:
@@ -376,9 +397,10 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     output = Path(config.output_dir)
     bank, visited = output / "bank", output / "states"
     visited.mkdir(parents=True, exist_ok=True)
-    seeds = [*config.held_out_seeds, *config.held_out_long_seeds, *config.train_seeds]
+    held_out = [*config.held_out_seeds, *config.held_out_long_seeds, *config.held_out_extended_seeds]
+    seeds = [*held_out, *config.train_seeds]
     with ProcessPoolExecutor(config.num_workers, initializer=_init_worker) as pool:
-        jobs = [(str(bank), seed, *config.size_of(seed)) for seed in seeds]
+        jobs = [(str(bank), seed, *config.size_of(seed), seed in held_out) for seed in seeds]
         for done, _ in enumerate(pool.map(_fill, jobs)):
             report_progress("bank", done + 1, len(jobs))
         policy: Path | None = None
@@ -408,15 +430,18 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     }
     for sizes, folder in zip(config.hidden_sizes, _final_networks(config, report_progress), strict=True):
         name = "-".join(map(str, sizes))
-        table = evaluate_held_out(bank, config.held_out_seeds, folder, config.num_workers)
-        report[name] = table
-        long_table = None
-        if config.num_held_out_long_groups:
-            long_table = evaluate_held_out(bank, config.held_out_long_seeds, folder, config.num_workers)
-            report[f"{name}-long"] = long_table
+        tables = {}
+        for family, family_seeds in (
+            ("", config.held_out_seeds),
+            ("long", config.held_out_long_seeds),
+            ("extended", config.held_out_extended_seeds),
+        ):
+            if family_seeds:
+                tables[family] = evaluate_held_out(bank, family_seeds, folder, config.num_workers)
+                report[f"{name}-{family}".rstrip("-")] = tables[family]
         (output / name / "README.md").unlink(missing_ok=True)  # a card that is there is not written again
         MetaLRNetwork.from_pretrained(str(folder)).save_pretrained(
-            output / name, model_card_kwargs=_card(config, table, long_table)
+            output / name, model_card_kwargs=_card(config, tables)
         )
         report_progress("held out", 1, 1)
     temporary = output / "report.json.tmp"
@@ -425,13 +450,13 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     return report
 
 
-def _card(
-    config: MetaTrainingConfig, table: dict[str, object], long_table: dict[str, object] | None
-) -> dict[str, str]:
+def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> dict[str, str]:
     """What a network's card says of its training and its measured regret."""
     groups = f"{config.num_groups} groups of {config.num_tasks} synthetic tasks"
     if config.num_long_groups:
-        groups += f" and {config.num_long_groups} groups of {config.num_long_tasks} longer ones"
+        groups += f", {config.num_long_groups} groups of {config.num_long_tasks} longer ones"
+    if config.num_extended_groups:
+        groups += f", {config.num_extended_groups} groups of {config.num_long_tasks} with many epochs"
     training = (
         f"{groups} (population version {POPULATION_VERSION}), {config.num_rounds} rounds of data aggregation with "
         f"{config.num_members} runs of each task, {config.num_iterations} iterations of the regression, seed "
@@ -445,11 +470,11 @@ def _card(
             f"rounds and of {len(config.ensemble)} further fits."
         )
     measured = (
-        "Regret (0: the best of 16 peak rates with linear decay, 1: chance) from 16 initial rates over 4.5 decades. "
+        "Regret (0: the best of 16 peak rates with linear decay, 1: chance) from 16 initial rates over 4.5 decades."
     )
-    measured += f"On {table['num_tasks']} held-out tasks: {_measured(table)}"
-    if long_table is not None:
-        measured += f" On {long_table['num_tasks']} held-out tasks of longer runs: {_measured(long_table)}"
+    kinds = {"": "", "long": " of longer runs", "extended": " of many epochs"}
+    for family, table in tables.items():
+        measured += f" On {table['num_tasks']} held-out tasks{kinds[family]}: {_measured(table)}"
     return {"training": training, "measured": measured}
 
 

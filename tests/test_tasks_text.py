@@ -13,7 +13,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Eval
 
 from hf_alrs.experiment import DataArguments
 from tasks import TASKS
-from tasks.metrics import Accuracy, ClassificationMetrics, RegressionMetrics, predicted_classes
+from tasks.metrics import (
+    F1,
+    Accuracy,
+    ClassificationMetrics,
+    MatthewsCorrelation,
+    Pearson,
+    RegressionMetrics,
+    Spearman,
+    predicted_classes,
+)
 from tasks.models import BiLSTMConfig, BiLSTMForSequenceClassification
 from tasks.sentiment_grammar import sentiment_sentences
 from tasks.sources import carve_controller, hold_out_fold, load_source, split_examples, stratified_indices
@@ -310,6 +319,17 @@ def test_metrics_write_nothing_where_they_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Accuracy().compute(predictions=[0, 1], references=[0, 0]) == {"accuracy": 0.5}
     assert not list(tmp_path.iterdir())
+
+
+def test_metrics_of_what_is_given_at_once_equal_those_of_batches():
+    numbers, classes = ([0.5, 1.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]), ([0, 1, 1, 0], [0, 1, 0, 1])
+    for metric in (Accuracy(), F1(), MatthewsCorrelation(), Pearson(), Spearman()):
+        given, true = numbers if metric.value_type == "float32" else classes
+        for half in (slice(2), slice(2, 4)):
+            metric.add_batch(predictions=given[half], references=true[half])
+        assert metric.compute() == metric.compute(predictions=given, references=true)
+        with pytest.raises(ValueError):
+            metric.compute(predictions=given[:3], references=true)
 
 
 # --- the sample ---

@@ -31,7 +31,7 @@ demo: .venv/installed
 		--schedulers alrs constant linear step exponential reduce_lr_on_plateau prodigy schedule_free
 
 test: .venv/installed
-	$(SINGLE) $(BIN)/python -m pytest
+	$(SINGLE) $(BIN)/python -m pytest -n $(JOBS) --dist loadscope
 
 test-slow: .venv/installed
 	$(SINGLE) $(BIN)/python -m pytest -m slow

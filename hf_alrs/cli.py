@@ -33,7 +33,16 @@ from .baselines import BASELINES, MIN_EVALUATIONS
 from .callback import HISTORY_NAME
 from .config import ALRSConfig, InputError, read_yaml
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
-from .matrix import Experiment, RunSpec, build_matrix, environment, missing, run_matrix, split_sizes
+from .matrix import (
+    Experiment,
+    RunSpec,
+    build_matrix,
+    environment,
+    missing,
+    refuse_other_settings,
+    run_matrix,
+    split_sizes,
+)
 from .network import load_network
 from .report import build_report, load_runs
 from .report.leaderboard import LEADERBOARD_FILE, build_leaderboard, render_leaderboard
@@ -544,6 +553,7 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
     output_dir = Path(args.output_dir)
     rates = matrix.learning_rates or [args.learning_rate]
     specs = build_matrix(name, matrix.schedulers, rates, matrix.seeds)
+    refuse_other_settings(experiment, name, output_dir)
     left = missing(specs, output_dir)
     print(
         f"{len(specs)} runs: {len(matrix.schedulers)} schedulers x {len(rates)} rates x {len(matrix.seeds)} seeds; "

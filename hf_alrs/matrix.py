@@ -8,6 +8,7 @@ last checkpoint, which lies in `unfinished/` beside the files. `results_schema.j
 from __future__ import annotations
 
 import functools
+import glob
 import importlib.metadata
 import itertools
 import json
@@ -40,7 +41,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
-from .baselines import MIN_EVALUATIONS
+from .baselines import BASELINES, MIN_EVALUATIONS
 from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
@@ -55,6 +56,18 @@ _VERSIONS = ("hf-alrs", "torch", "transformers", "accelerate", "datasets", "nump
 _DIVERGED_LOSS = 1e3
 # Arguments that say where a cell wrote and not how it trained
 _OF_THE_MACHINE = ("output_dir", "logging_dir", "run_name", "local_rank")
+# Beginnings of the names of those that differ between the cells of a matrix, or change no result
+_OF_THE_CELL = (
+    *("learning_rate", "lr_scheduler", "optim", "seed", "eval_s", "metric_for_best_model", "greater_is_better"),
+    *("save_", "log", "report_to", "disable_tqdm", "hub_", "push_to_hub", "project", "trackio_", "ignore_data_skip"),
+    *(
+        "load_best_model_at_end",
+        "dataloader_num_workers",
+        "dataloader_pin",
+        "dataloader_persistent",
+        "dataloader_prefetch",
+    ),
+)
 UNFINISHED = "unfinished"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -352,6 +365,44 @@ def write_record(record: dict[str, Any], path: Path) -> None:
 def missing(specs: Sequence[RunSpec], output_dir: Path) -> list[RunSpec]:
     """The cells that have no result file yet."""
     return [spec for spec in specs if not (output_dir / spec.file_name).exists()]
+
+
+def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -> None:
+    """
+    Keeps runs of a task that were made otherwise out of one report, and out of the place of those that are asked for.
+
+    Raises:
+        `InputError`: If a run of `task` lies there that had other data, training arguments or `ALRSConfig`.
+    """
+    arguments = TrainingArguments(**(experiment.arguments | {"output_dir": str(output_dir)})).to_dict()
+    training = {
+        key: value for key, value in arguments.items() if not key.startswith((*_OF_THE_MACHINE, *_OF_THE_CELL))
+    }
+    for path in sorted(output_dir.glob(f"{glob.escape(quote(task, safe=''))}--*.json")):
+        record = read_result(path)
+        stored = record["config"]
+        baseline = BASELINES.get(record["spec"]["scheduler"])
+        ours: dict[str, Any] = asdict(experiment.data) | training
+        theirs = (stored.get("data") or {}) | (stored.get("training") or {})
+        if stored.get("alrs") is not None and baseline is not None and baseline.alrs_config is not None:
+            config = replace(experiment.alrs_config, **baseline.alrs_config, seed=record["spec"]["seed"])
+            ours, theirs = ours | config.to_dict(), theirs | stored["alrs"]
+        ours = json.loads(json.dumps(strict_json(ours), default=str))
+        for key in ours:
+            if key in theirs and not _same(ours[key], theirs[key]):  # another version may know others
+                raise InputError(
+                    key,
+                    ours[key],
+                    f"{output_dir} holds runs of the same task with {theirs[key]!r}, and one report would mix them.",
+                    "Give another --output_dir, or the options of the stored runs.",
+                )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if ours == theirs:
+        return True
+    paths = isinstance(ours, str) and isinstance(theirs, str)  # the same folder may be spelled in two ways
+    return paths and os.path.exists(ours) and Path(ours).resolve() == Path(theirs).resolve()
 
 
 def run_matrix(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,17 @@ import pytest
 import torch
 
 from hf_alrs.baselines import BASELINES, MIN_EVALUATIONS, scheduler_kwargs
-from hf_alrs.config import ALRSConfig
+from hf_alrs.config import ALRSConfig, InputError
 from hf_alrs.experiment import DataArguments
-from hf_alrs.matrix import Experiment, RunSpec, build_matrix, missing, run_matrix, write_record
+from hf_alrs.matrix import (
+    Experiment,
+    RunSpec,
+    build_matrix,
+    missing,
+    refuse_other_settings,
+    run_matrix,
+    write_record,
+)
 from hf_alrs.range_test import RangeTestScheduler, suggested_rate
 from hf_alrs.recording import hash_tensors
 from hf_alrs.report import validate_result
@@ -83,6 +92,26 @@ def test_stored_runs_are_not_repeated_and_a_rerun_gives_the_same_numbers(
         for part in ("loss", "learning_rate", "grad_norm"):
             assert first[name]["history"][part] == second[name]["history"][part]
         assert first[name]["results"]["eval_loss"] == second[name]["results"]["eval_loss"]
+
+
+def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp_path: Path) -> None:
+    run_matrix(experiment, build_matrix("sample", ["alrs", "schedule_free", "greedy"], [1e-3], [0]), tmp_path)
+    refuse_other_settings(experiment, "sample", tmp_path)
+    refuse_other_settings(
+        replace(experiment, arguments=experiment.arguments | {"logging_steps": 5}), "sample", tmp_path
+    )
+    changed = {
+        "num_train_epochs": replace(experiment, arguments=experiment.arguments | {"num_train_epochs": 3.0}),
+        "weight_decay": replace(experiment, arguments=experiment.arguments | {"weight_decay": 0.1}),
+        "max_train_samples": replace(experiment, data=replace(experiment.data, max_train_samples=100)),
+        "dataset_name": replace(experiment, data=replace(experiment.data, dataset_name="train.csv")),
+        "feedback_interval": replace(experiment, alrs_config=replace(experiment.alrs_config, feedback_interval=0)),
+    }
+    for field, other in changed.items():
+        with pytest.raises(InputError, match="would mix them") as error:
+            refuse_other_settings(other, "sample", tmp_path)
+        assert error.value.field == field
+        refuse_other_settings(other, "another task", tmp_path)
 
 
 def test_a_failed_run_is_recorded_and_the_matrix_goes_on(

@@ -63,8 +63,8 @@ class ALRSCallback(TrainerCallback):
         phases (`list[str]`): Phase of each optimizer step since training began or was resumed.
 
     Raises:
-        `InputError`: At the start of training, if the script's scheduler is stepped with a metric, or the checkpoint
-            to resume from was not made with ALRS.
+        `InputError`: At the start of training, if the script's scheduler is stepped with a metric, a DeepSpeed
+            configuration holds one, or the checkpoint to resume from was not made with ALRS.
     """
 
     def __init__(self, config: ALRSConfig | None = None, write_history: bool = True):

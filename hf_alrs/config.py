@@ -130,8 +130,8 @@ class ALRSConfig:
     max_restarts: int = field(
         default=3,
         metadata={
-            "help": "How often the run may go back to its initial weights when the rate was far too high; steps "
-            "count. 0 keeps no copy of the weights."
+            "help": "How often the run may go back to its initial weights when the rate was far too high, or the loss has "
+            "not moved; steps count. 0 keeps no copy of the weights."
         },
     )
     restart_window: float = field(default=0.13, metadata={"help": "Share of the run in which restarts may happen."})

@@ -56,9 +56,9 @@ class ALRSScheduler(LRScheduler):
     mixed precision skips does not count, and calling `step()` twice (as accelerate does with several processes)
     advances once.
 
-    The optimizer gets the methods `eval()`, which puts the averaged weights into the model, and `train()`, which puts the
-    trained ones back; Trainer and accelerate call them around evaluations, a loop of your own does as with Schedule-Free.
-    After the last step the averaged weights are in the model.
+    Where weights are averaged, the optimizer gets the methods `eval()`, which puts the averaged ones into the model, and
+    `train()`, which puts the trained ones back; Trainer and accelerate call them around evaluations, a loop of your own
+    does as with Schedule-Free. After the last step the averaged weights are in the model.
 
     Args:
         optimizer (`torch.optim.Optimizer`): Any torch optimizer; accelerate's wrapper is seen through. Groups keep the

@@ -437,7 +437,10 @@ def _push_model(repo_id: str, folder: Path, token: str | None) -> None:
 def _cross_validate(
     task: Task, data: DataArguments, scheduler: str, args: TrainingArguments, config: ALRSConfig
 ) -> dict[str, float]:
-    """A run for each fold, and beside it the reference model on the same fold; returns the means."""
+    """
+    A run for each fold, and beside it the reference model on the same fold; returns the means, and stores them and
+    those of the reference.
+    """
     runs: list[dict[str, float]] = []
     references: list[dict[str, float]] = []
     for fold in range(data.num_folds):
@@ -447,11 +450,15 @@ def _cross_validate(
         runs.append(_train_prepared(task, prepared, scheduler, fold_args, config))
         references.append({f"eval_{key}": value for key, value in prepared.reference().items()})
     shared = [key for key in references[0] if key in runs[0]]
-    means = {key: float(np.mean([run[key] for run in runs])) for key in shared}
+    means, reference_means = (
+        {key: float(np.mean([scores[key] for scores in folds])) for key in shared} for folds in (runs, references)
+    )
+    for name, scores in (("eval", means), ("reference", reference_means)) if args.process_index == 0 else ():
+        (Path(args.output_dir) / f"{name}_results.json").write_text(json.dumps(scores, indent=4, sort_keys=True))
     print(f"\n{data.num_folds} folds, {task.name} with {scheduler} beside scikit-learn's logistic regression")
     print(f"{'fold':6}" + "".join(f"{key:>16}{'reference':>12}" for key in shared))
     rows = [(str(fold), run, reference) for fold, (run, reference) in enumerate(zip(runs, references, strict=True))]
-    rows.append(("mean", means, {key: float(np.mean([r[key] for r in references])) for key in shared}))
+    rows.append(("mean", means, reference_means))
     for name, run, reference in rows:
         print(f"{name:6}" + "".join(f"{run[key]:>16.4f}{reference[key]:>12.4f}" for key in shared))
     return means

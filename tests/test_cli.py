@@ -165,6 +165,8 @@ def test_a_table_without_an_eval_split_runs_over_all_folds(tmp_path: Path, capsy
     assert [line.split()[0] for line in table.splitlines()[2:6]] == ["0", "1", "2", "mean"]
     folds = [json.loads((tmp_path / f"fold-{k}" / "eval_results.json").read_text()) for k in range(3)]
     assert means["eval_loss"] == pytest.approx(sum(fold["eval_loss"] for fold in folds) / 3)
+    stored = {name: json.loads((tmp_path / f"{name}_results.json").read_text()) for name in ("eval", "reference")}
+    assert stored["eval"] == means and stored["reference"].keys() == means.keys()
     one = cli.train(
         [*command, "--fold", "1", "--network", "scratch", "--output_dir", str(tmp_path / "one")], TASKS, ""
     )

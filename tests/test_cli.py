@@ -8,10 +8,19 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from hf_alrs import cli
-from hf_alrs.cli import ALRSArguments, CompareArguments, RunArguments, find_task, parse, read_recipe, task_recipe
+from hf_alrs.arguments import (
+    ALRSArguments,
+    CompareArguments,
+    RunArguments,
+    find_task,
+    installed_tasks,
+    parse,
+    read_recipe,
+    task_recipe,
+)
 from hf_alrs.config import InputError
 from hf_alrs.experiment import DataArguments
+from hf_alrs.run import train
 from tasks import TASKS
 
 
@@ -127,7 +136,7 @@ def test_task_given_by_module() -> None:
 
 
 def test_installed_tasks_come_from_entry_points() -> None:
-    assert set(TASKS) <= set(cli.installed_tasks())
+    assert set(TASKS) <= set(installed_tasks())
 
 
 def test_vision_script_end_to_end(tmp_path: Path) -> None:
@@ -160,14 +169,12 @@ def test_vision_script_end_to_end(tmp_path: Path) -> None:
 
 def test_a_table_without_an_eval_split_runs_over_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["--task", "titanic", "--dataset_name", "sample", "--num_folds", "3", "--num_train_epochs", "2"]
-    means = cli.train([*command, "--network", "scratch", "--output_dir", str(tmp_path)], TASKS, "titanic")
+    means = train([*command, "--network", "scratch", "--output_dir", str(tmp_path)], TASKS, "titanic")
     table = capsys.readouterr().out.split("beside scikit-learn's logistic regression")[1]
     assert [line.split()[0] for line in table.splitlines()[2:6]] == ["0", "1", "2", "mean"]
     folds = [json.loads((tmp_path / f"fold-{k}" / "eval_results.json").read_text()) for k in range(3)]
     assert means["eval_loss"] == pytest.approx(sum(fold["eval_loss"] for fold in folds) / 3)
     stored = {name: json.loads((tmp_path / f"{name}_results.json").read_text()) for name in ("eval", "reference")}
     assert stored["eval"] == means and stored["reference"].keys() == means.keys()
-    one = cli.train(
-        [*command, "--fold", "1", "--network", "scratch", "--output_dir", str(tmp_path / "one")], TASKS, ""
-    )
+    one = train([*command, "--fold", "1", "--network", "scratch", "--output_dir", str(tmp_path / "one")], TASKS, "")
     assert one["eval_loss"] == pytest.approx(folds[1]["eval_loss"]), "a fold alone is the same run"

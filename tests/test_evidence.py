@@ -15,8 +15,11 @@ from jsonschema import Draft202012Validator
 from test_report import make_record, store
 
 from hf_alrs import cli, matrix
+from hf_alrs.arguments import installed_tasks
+from hf_alrs.comparison import read_comparison
 from hf_alrs.config import InputError
 from hf_alrs.evidence import Plan, build_evidence, find_plan, read_plan, update_readme
+from hf_alrs.evidence.command import evidence_command
 from hf_alrs.evidence.readme import PLOT_FILE
 from tasks import RECIPES
 
@@ -86,7 +89,7 @@ def stored(tmp_path: Path) -> tuple[Plan, Path]:
 
 
 def run(plan: Plan, folder: Path, *options: str) -> None:
-    cli._command_evidence(["--plan", str(plan.path), "--output_dir", str(folder), *options])
+    evidence_command(["--plan", str(plan.path), "--output_dir", str(folder), *options])
 
 
 @pytest.fixture
@@ -119,9 +122,9 @@ def test_a_plan_parses_and_names_what_exists(path: Path) -> None:
         judged = [spec.scheduler.startswith("alrs") for spec in specs]
         assert judged == sorted(judged), "baselines come first"
         # The options are such as a comparison takes.
-        tasks = cli.installed_tasks()
+        tasks = installed_tasks()
         values = yaml.safe_load(study.recipe.read_text())
-        experiment, *_ = cli.read_comparison(study.arguments(Path("out"), "sample"), tasks, values["task_name"])
+        experiment, *_ = read_comparison(study.arguments(Path("out"), "sample"), tasks, values["task_name"])
         assert experiment.num_evaluations == study.options["num_evaluations"]
         compared = {spec.scheduler for spec in specs} - {"alrs", "alrs_64_64"}
         assert not compared or values["learning_rate"] in {spec.learning_rate for spec in specs}
@@ -390,7 +393,7 @@ def test_readme_is_written_and_drift_is_found(repository: Path) -> None:
     readme.write_text(text.replace("0.595 ± 0.007", "0.695 ± 0.007"))
     assert update_readme(repository, check=True) == [readme]
     with pytest.raises(SystemExit) as ended:
-        cli._command_evidence(["--update_readme", "--check", "--root", str(repository)])
+        evidence_command(["--update_readme", "--check", "--root", str(repository)])
     assert ended.value.code == 1
     update_readme(repository)
     assert readme.read_text() == text

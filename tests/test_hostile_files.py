@@ -24,8 +24,8 @@ from test_report import make_record, store
 from transformers import Trainer, TrainingArguments
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSTrainer, InputError
+from hf_alrs.arguments import read_recipe
 from hf_alrs.callback import HISTORY_NAME, _keep_history
-from hf_alrs.cli import read_recipe
 from hf_alrs.experiment import DataArguments
 from hf_alrs.matrix import Experiment, RunSpec, run_matrix
 from hf_alrs.meta_training.bank import Group, load_group, save_group

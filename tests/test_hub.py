@@ -25,11 +25,13 @@ from test_report import make_record, store
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from hf_alrs import ALRSConfig, MetaLRNetwork, cards, cli
+from hf_alrs.comparison import compare
 from hf_alrs.config import InputError
 from hf_alrs.controller import ALRSController
 from hf_alrs.features import FEATURE_VERSION
 from hf_alrs.network import load_network
 from hf_alrs.report import build_report
+from hf_alrs.run import train as train_task
 from tasks import TASKS
 from tasks.text import train_word_tokenizer
 
@@ -423,7 +425,7 @@ SHORT += ["--use_cpu", "True", "--eval_strategy", "no"]
 
 
 def train(*arguments: Any, task: str = "sst2", save: str = "no") -> dict[str, float]:
-    return cli.train([*map(str, arguments), *SHORT, "--save_strategy", save], TASKS, task)
+    return train_task([*map(str, arguments), *SHORT, "--save_strategy", save], TASKS, task)
 
 
 def test_the_clients_load_glue_and_bert(glue: HubServer) -> None:
@@ -479,7 +481,7 @@ def test_a_trained_model_is_pushed_with_its_card(
     assert loaded.config.id2label == {0: "negative", 1: "positive"}
     again = tmp_path / "again"
     (tmp_path / "recipe.yaml").write_bytes(files["recipe.yaml"])
-    rerun = cli.train(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(again)], TASKS, "imdb")
+    rerun = train_task(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(again)], TASKS, "imdb")
     assert rerun["eval_loss"] == pytest.approx(metrics["eval_loss"])
 
     stored = [*files.values(), *contents(output).values(), *contents(again).values(), *glue.received]
@@ -514,9 +516,9 @@ def test_a_push_that_cannot_work_fails_before_the_run(glue: HubServer, tmp_path:
     assert "hub_strategy" in refused(*glue_task, "--hub_strategy", "checkpoint")
     assert "do_train" in refused(*glue_task, "--do_eval")
     with pytest.raises(InputError, match="--fold"):
-        cli.train(["--task", "titanic", "--dataset_name", "sample", "--push_to_hub"], TASKS, "titanic")
+        train_task(["--task", "titanic", "--dataset_name", "sample", "--push_to_hub"], TASKS, "titanic")
     with pytest.raises(InputError, match="hf-alrs publish"):
-        cli.compare(["--dataset_name", "sample", "--push_to_hub", "--seeds", "0"], TASKS, "cifar10")
+        compare(["--dataset_name", "sample", "--push_to_hub", "--seeds", "0"], TASKS, "cifar10")
 
 
 def test_a_push_that_fails_at_the_end_keeps_the_model(glue: HubServer, tmp_path: Path) -> None:
@@ -605,7 +607,7 @@ def test_local_runs_make_no_connection(
         "0",
     ]
     monkeypatch.setattr(sys, "argv", ["run_vision_alrs.py", "--hub_token", TOKEN])
-    cli.compare([*matrix, "--hub_token", TOKEN, "--output_dir", str(tmp_path / "matrix")], TASKS, "cifar10")
+    compare([*matrix, "--hub_token", TOKEN, "--output_dir", str(tmp_path / "matrix")], TASKS, "cifar10")
     assert not any(TOKEN.encode() in content for content in contents(tmp_path / "matrix").values())
     assert run("report", results)[0] == 0
     assert connections == [] and hub.requests == []

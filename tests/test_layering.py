@@ -23,6 +23,9 @@ ROWS = (
     ("recording",),
     ("unfinished",),
     ("matrix",),
+    ("arguments",),
+    ("run",),
+    ("comparison", "sharing"),
     ("evidence",),
     ("cli",),
 )

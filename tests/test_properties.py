@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from test_report import make_record
 
 from hf_alrs import ALRSConfig, InputError
+from hf_alrs.arguments import read_recipe
 from hf_alrs.callback import _keep_history
-from hf_alrs.cli import read_recipe
 from hf_alrs.controller import ALRSController
 from hf_alrs.features import FEATURE_NAMES, SIGNALS
 from hf_alrs.meta_training.bank import load_group

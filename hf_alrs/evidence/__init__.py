@@ -1,7 +1,7 @@
 """
 The evidence: plans of several studies, run as matrices into one folder each, with one report over them.
 
-A plan is a YAML file; `plan` reads it, `hf-alrs evidence` runs it, `report` sets its report, and `readme` writes what
+A plan is a YAML file; `plan` reads it, `command` (`hf-alrs evidence`) runs it, `report` sets its report, and `readme` writes what
 README and `results/README.md` say of the reports.
 """
 

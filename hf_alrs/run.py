@@ -1,0 +1,281 @@
+"""One run of a task from its command line: train, evaluate, predict, save, push; and a run for each fold."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
+
+from . import cards, hub
+from .arguments import ALRSArguments, RunArguments, parse, task_recipe
+from .callback import HISTORY_NAME
+from .config import ALRSConfig, InputError
+from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
+from .matrix import environment, split_sizes
+
+
+logger = logging.getLogger(__name__)
+
+
+def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> dict[str, float]:
+    """
+    One run of a task: train, evaluate, predict, save.
+
+    Returns:
+        `dict[str, float]`: The metrics of the last evaluation, with `eval_` keys and `epoch`.
+    """
+    types = (DataArguments, ALRSArguments, RunArguments, TrainingArguments)
+    task, (data, alrs, _, args), changed = parse(arguments, types, tasks, default_task)
+    token = take_token(args, changed)
+    # What the task's recipe says and someone set back to the default is no difference from the default, and one from it.
+    settings = vars(args) | vars(alrs) | vars(data)
+    options = {key: settings[key] for key in task_recipe(task, data.dataset_name, data.model_type)} | changed
+    find_baseline(alrs.scheduler)
+    config = alrs.to_config(args.seed)
+    args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
+    set_up_logging(args)
+    # TrainingArguments turns do_eval on by itself where eval_strategy is set: ask what was given.
+    if not any(changed.get(name) for name in ("do_train", "do_eval", "do_predict")):
+        args.do_train = args.do_eval = True
+    with args.main_process_first(desc="dataset"):
+        prepared = task.prepare(data)
+    if prepared.reference is not None and data.fold is None:
+        if args.push_to_hub:
+            raise InputError(
+                "push_to_hub", True, "every fold has a model of its own.", "Give --fold to train and push one of them."
+            )
+        return _cross_validate(task, data, alrs.scheduler, args, config)
+    repo_id = _prepare_push(args, changed, token)
+
+    def on_end(trainer: Trainer) -> None:
+        _describe_model(task, prepared, alrs.scheduler, trainer, options, repo_id)
+        if repo_id is not None:
+            _push_model(repo_id, Path(args.output_dir), token)
+
+    return _train_prepared(task, prepared, alrs.scheduler, args, config, on_end)
+
+
+def take_token(args: TrainingArguments, changed: dict[str, Any]) -> str | None:
+    """
+    Takes the access token out of everything that is stored, logged or handed to other code: the arguments, which the
+    Trainer pickles beside the model, and the command line, which result files record.
+    """
+    token, args.hub_token = args.hub_token, None
+    changed.pop("hub_token", None)
+    if token:
+        sys.argv[:] = [argument.replace(token, "***") for argument in sys.argv]
+    return token
+
+
+def _prepare_push(args: TrainingArguments, changed: Mapping[str, Any], token: str | None) -> str | None:
+    """
+    The repository that the model goes to once it is trained, `None` where none was asked for. It is looked for before
+    the run, which may take hours.
+
+    The Trainer is not told: it would push every checkpoint, with a card of its own.
+    """
+    if not args.push_to_hub:
+        return None
+    args.push_to_hub = False
+    if not args.do_train:
+        raise InputError("push_to_hub", True, "without training there is no model to push.", "Add --do_train.")
+    if changed.get("hub_strategy", "end") != "end" or args.hub_revision is not None or args.hub_always_push:
+        name = next(n for n in ("hub_strategy", "hub_revision", "hub_always_push") if n in changed)
+        raise InputError(
+            name, changed[name], "a run script pushes once, to `main`, when the run is over.", "Leave it out."
+        )
+    if args.process_index != 0:
+        return None
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    return hub.prepare_repo("hub_model_id", name, args.hub_private_repo, token)
+
+
+def _describe_model(
+    task: Task,
+    prepared: PreparedTask,
+    scheduler: str,
+    trainer: Trainer,
+    options: Mapping[str, Any],
+    repo_id: str | None,
+) -> None:
+    """Writes the card, the plot and the recipe beside the trained model."""
+    folder = Path(trainer.args.output_dir)
+    cards.write_model_card(
+        cards.TrainedModel(
+            folder=folder,
+            name=(repo_id or folder.resolve().name).split("/")[-1],
+            kind=task.kind,
+            task=task.name,
+            scheduler=scheduler,
+            architecture=type(trainer.model).__name__,
+            source=prepared.source,
+            splits=split_sizes(prepared),
+            metric=prepared.metric_for_best,
+            options=options,
+            versions=environment()["versions"],
+            base_model=getattr(trainer.model.config, "_name_or_path", None) or None,
+        )
+    )
+
+
+def _push_model(repo_id: str, folder: Path, token: str | None) -> None:
+    upload = hub.Upload("model", repo_id, cards.model_files(folder))
+    try:
+        address = hub.publish([upload], "hub_model_id", True, token=token, message="Trained with hf-alrs")[0]
+    except InputError as error:
+        remedy = (
+            f"The trained model and its card are in {folder}. When the cause is removed, run the same command again, "
+            "which resumes from the last checkpoint and pushes."
+        )
+        raise InputError(error.field, error.value, error.rule, f"{error.remedy} {remedy}") from error
+    print(f"Model: {address}")
+
+
+def _cross_validate(
+    task: Task, data: DataArguments, scheduler: str, args: TrainingArguments, config: ALRSConfig
+) -> dict[str, float]:
+    """
+    A run for each fold, and beside it the reference model on the same fold; returns the means, and stores them and
+    those of the reference.
+    """
+    runs: list[dict[str, float]] = []
+    references: list[dict[str, float]] = []
+    for fold in range(data.num_folds):
+        prepared = task.prepare(replace(data, fold=fold))
+        fold_args = copy.copy(args)
+        fold_args.output_dir = str(Path(args.output_dir) / f"fold-{fold}")
+        runs.append(_train_prepared(task, prepared, scheduler, fold_args, config))
+        references.append({f"eval_{key}": value for key, value in prepared.reference().items()})
+    shared = [key for key in references[0] if key in runs[0]]
+    means, reference_means = (
+        {key: float(np.mean([scores[key] for scores in folds])) for key in shared} for folds in (runs, references)
+    )
+    for name, scores in (("eval", means), ("reference", reference_means)) if args.process_index == 0 else ():
+        (Path(args.output_dir) / f"{name}_results.json").write_text(json.dumps(scores, indent=4, sort_keys=True))
+    print(f"\n{data.num_folds} folds, {task.name} with {scheduler} beside scikit-learn's logistic regression")
+    print(f"{'fold':6}" + "".join(f"{key:>16}{'reference':>12}" for key in shared))
+    rows = [(str(fold), run, reference) for fold, (run, reference) in enumerate(zip(runs, references, strict=True))]
+    rows.append(("mean", means, reference_means))
+    for name, run, reference in rows:
+        print(f"{name:6}" + "".join(f"{run[key]:>16.4f}{reference[key]:>12.4f}" for key in shared))
+    return means
+
+
+def _train_prepared(
+    task: Task,
+    prepared: PreparedTask,
+    scheduler: str,
+    args: TrainingArguments,
+    config: ALRSConfig,
+    on_end: Callable[[Trainer], None] | None = None,
+) -> dict[str, float]:
+    _print_plan(task, prepared, args, scheduler)
+    set_seed(args.seed)
+    trainer = build_trainer(prepared, prepared.model_init(), args, scheduler, config)
+    for callback in trainer.callback_handler.callbacks:
+        # Its own default is known only when training begins, and the evaluation before it would go to ./runs
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    checkpoint = args.resume_from_checkpoint or _last_checkpoint(args.output_dir)
+    metrics: dict[str, float] = {}
+    if args.do_eval and args.do_train and checkpoint is None:
+        before = _evaluate(trainer, prepared)
+        before.pop("epoch", None)  # none has passed
+        trainer.save_metrics("benchmark", before, combined=False)
+        print_dictionary("Benchmark Results (before training)", before)
+    if args.do_train:
+        if checkpoint is not None:
+            logger.warning("Resuming from %s; give another --output_dir to start afresh.", checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = _evaluate(trainer, prepared)
+        metrics.setdefault("epoch", trainer.state.epoch or 0.0)
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        print_dictionary("Results", metrics)
+    if args.do_predict:
+        _predict(trainer, prepared)
+    if trainer.is_world_process_zero() and (Path(args.output_dir) / HISTORY_NAME).exists():
+        print(f"Learning rate, loss and decisions of every step: {Path(args.output_dir) / HISTORY_NAME}")
+    if args.do_train and on_end is not None and trainer.is_world_process_zero():
+        on_end(trainer)
+    return metrics
+
+
+def _evaluate(trainer: Trainer, prepared: PreparedTask) -> dict[str, float]:
+    metrics = trainer.evaluate(prepared.eval_dataset)
+    metrics.pop("eval_model_preparation_time", None)
+    return metrics
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    level = args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(max(level, logging.WARNING))
+    logging.getLogger("hf_alrs").setLevel(max(level, logging.INFO))
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise InputError(
+            "report_to", args.report_to, f"cannot be used: {error}", "Install it, or give none."
+        ) from error
+
+
+def _print_plan(task: Task, prepared: PreparedTask, args: TrainingArguments, scheduler: str) -> None:
+    if args.process_index != 0:
+        return
+    print(f"Task {task.name}: {prepared.source}")
+    print("Splits: " + ", ".join(f"{name} {size:,}" for name, size in split_sizes(prepared).items()))
+    print(
+        f"Scheduler {scheduler} from learning rate {args.learning_rate:g}, batch "
+        f"{args.per_device_train_batch_size} on each of {args.world_size} process(es), "
+        f"optimizer {OptimizerNames(args.optim).value}, seed {args.seed}",
+        flush=True,
+    )
+
+
+def print_dictionary(title: str, metrics: Mapping[str, float]) -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    print(f"\n{title}:\n" + json.dumps(dict(metrics), indent=4), flush=True)
+
+
+def _last_checkpoint(output_dir: str) -> str | None:
+    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+
+
+def _predict(trainer: Trainer, prepared: PreparedTask) -> None:
+    if prepared.predict_dataset is None:
+        raise InputError("do_predict", True, "this dataset has no unlabelled split.", "Leave --do_predict out.")
+    logits = trainer.predict(prepared.predict_dataset, metric_key_prefix="predict").predictions
+    if not trainer.is_world_process_zero():
+        return
+    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+    if prepared.label_names is None:
+        predictions = [f"{value:.4f}" for value in logits.reshape(len(logits))]
+    else:
+        single = logits.ndim == 1 or logits.shape[-1] == 1
+        classes = (logits.reshape(-1) > 0).astype(int) if single else logits.argmax(-1)
+        predictions = [prepared.label_names[i] for i in classes]
+    path = Path(trainer.args.output_dir) / "predict_results.txt"
+    path.write_text("index\tprediction\n" + "".join(f"{i}\t{p}\n" for i, p in enumerate(predictions)))
+    print(f"Predictions: {path}")

@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -557,7 +558,7 @@ def _parallel_records(
         gpu = index % gpus if gpus > 1 else None
         return pool.submit(_run_in_worker, experiment, spec, threads, gpu, _folder_of(spec, unfinished))
 
-    with ProcessPoolExecutor(num_jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(num_jobs, context, _end_with_parent) as pool:
         futures = {submit(pool, spec, index): spec for index, spec in enumerate(specs)}
         for spec, future in _as_completed(futures, unfinished, on_step):
             try:
@@ -568,7 +569,7 @@ def _parallel_records(
                 yield spec, record
     # A process that is killed takes the whole pool with it, and its cell is not known: each gets a pool of its own.
     for spec in killed:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with ProcessPoolExecutor(1, context, _end_with_parent) as pool:
             for _, future in _as_completed({submit(pool, spec, 0): spec}, unfinished, on_step):
                 try:
                     record = future.result()
@@ -577,6 +578,16 @@ def _parallel_records(
                         experiment, spec, "the process of the run was killed, as for lack of memory"
                     )
         yield spec, record
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is killed: it would go on unseen, beside the runs of the next command."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_completed(

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -166,6 +167,24 @@ def test_a_killed_comparison_resumes_to_the_same_results(tmp_path: Path) -> None
         summary.pop("timing")
         summary["plan"].pop("environment")
     assert first == second
+
+
+def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "hf_alrs.cli", "compare", "--task", "titanic", "--dataset_name", "sample",
+        "--num_train_epochs", "100000", "--schedulers", "linear", "constant", "--seeds", "0", "--jobs", "2",
+        "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list((tmp_path / "unfinished").glob("*"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert len(workers) >= 2 and not alive
 
 
 @pytest.mark.slow

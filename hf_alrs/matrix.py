@@ -57,17 +57,12 @@ _VERSIONS = ("hf-alrs", "torch", "transformers", "accelerate", "datasets", "nump
 _DIVERGED_LOSS = 1e3
 # Arguments that say where a cell wrote and not how it trained
 _OF_THE_MACHINE = ("output_dir", "logging_dir", "run_name", "local_rank")
-# Beginnings of the names of those that differ between the cells of a matrix, or change no result
-_OF_THE_CELL = (
-    *("learning_rate", "lr_scheduler", "optim", "seed", "eval_s", "metric_for_best_model", "greater_is_better"),
-    *("save_", "log", "report_to", "disable_tqdm", "hub_", "push_to_hub", "project", "trackio_", "ignore_data_skip"),
-    *(
-        "load_best_model_at_end",
-        "dataloader_num_workers",
-        "dataloader_pin",
-        "dataloader_persistent",
-        "dataloader_prefetch",
-    ),
+# Beginnings of the names of those that differ between the cells of a matrix
+_OF_THE_CELL = ("learning_rate", "lr_scheduler", "seed", "eval_s", "metric_for_best_model", "greater_is_better")
+# And of those that change no result
+_OF_NO_RESULT = (
+    *("save_", "log", "report_to", "disable_tqdm", "hub_", "push_to_hub", "project", "trackio_"),
+    *("ignore_data_skip", "load_best_model_at_end", "dataloader_num", "dataloader_p"),
 )
 UNFINISHED = "unfinished"
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -376,21 +371,22 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
         `InputError`: If a run of `task` lies there that had other data, training arguments or `ALRSConfig`.
     """
     arguments = TrainingArguments(**(experiment.arguments | {"output_dir": str(output_dir)})).to_dict()
-    training = {
-        key: value for key, value in arguments.items() if not key.startswith((*_OF_THE_MACHINE, *_OF_THE_CELL))
-    }
+    left_out = _OF_THE_MACHINE + _OF_THE_CELL + _OF_NO_RESULT
+    training = {key: value for key, value in arguments.items() if not key.startswith(left_out)}
     for path in sorted(output_dir.glob(f"{glob.escape(quote(task, safe=''))}--*.json")):
         record = read_result(path)
         stored = record["config"]
         baseline = BASELINES.get(record["spec"]["scheduler"])
         ours: dict[str, Any] = asdict(experiment.data) | training
         theirs = (stored.get("data") or {}) | (stored.get("training") or {})
+        if baseline is None or baseline.optimizer is not None:  # which is not what the arguments say
+            theirs.pop("optim", None)
         if stored.get("alrs") is not None and baseline is not None and baseline.alrs_config is not None:
             config = replace(experiment.alrs_config, **baseline.alrs_config, seed=record["spec"]["seed"])
             ours, theirs = ours | config.to_dict(), theirs | stored["alrs"]
         ours = json.loads(json.dumps(strict_json(ours), default=str))
         for key in ours:
-            if key in theirs and not _same(ours[key], theirs[key]):  # another version may know others
+            if key in theirs and not same_setting(ours[key], theirs[key]):  # another version may know others
                 raise InputError(
                     key,
                     ours[key],
@@ -399,11 +395,10 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
                 )
 
 
-def _same(ours: Any, theirs: Any) -> bool:
-    if ours == theirs:
-        return True
-    paths = isinstance(ours, str) and isinstance(theirs, str)  # the same folder may be spelled in two ways
-    return paths and os.path.exists(ours) and Path(ours).resolve() == Path(theirs).resolve()
+def same_setting(ours: Any, theirs: Any) -> bool:
+    """Whether two values are the same, or spell the same path."""
+    paths = isinstance(ours, str) and isinstance(theirs, str) and ours and theirs
+    return ours == theirs or bool(paths and Path(ours).resolve() == Path(theirs).resolve())
 
 
 def run_matrix(

@@ -104,6 +104,7 @@ def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp
     changed = {
         "num_train_epochs": replace(experiment, arguments=experiment.arguments | {"num_train_epochs": 3.0}),
         "weight_decay": replace(experiment, arguments=experiment.arguments | {"weight_decay": 0.1}),
+        "optim": replace(experiment, arguments=experiment.arguments | {"optim": "sgd"}),
         "max_train_samples": replace(experiment, data=replace(experiment.data, max_train_samples=100)),
         "dataset_name": replace(experiment, data=replace(experiment.data, dataset_name="train.csv")),
         "feedback_interval": replace(experiment, alrs_config=replace(experiment.alrs_config, feedback_interval=0)),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import InputError, read_yaml
 from ..experiment import find_baseline
-from ..matrix import RunSpec, build_matrix
+from ..matrix import RunSpec, build_matrix, same_setting
 from ..report import read_result
 from ..report.runs import REPORT_FILE
 
@@ -174,7 +174,7 @@ def _check_data(name: str, folder: Path, given: Mapping[str, Any]) -> None:
     before = read_result(path)["config"].get("data") if path is not None else None
     for key in [key for key in _DATA_SETTINGS if key in (before or ())]:
         stored, now = before.get(key), given.get(key)
-        if stored == now or (stored and now and Path(stored).resolve() == Path(now).resolve()):
+        if same_setting(stored, now):
             continue
         field = "model_name_or_path" if key == "model_name_or_path" else "data_dir"
         raise InputError(

@@ -247,6 +247,33 @@ class ALRSCallback(TrainerCallback):
                 file.writelines(_json_line(entry) for entry in entries)
 
 
+def read_scheduler_state(checkpoint: str | None) -> dict[str, Any]:
+    """
+    The scheduler's state in a checkpoint, empty where there is none.
+
+    Args:
+        checkpoint (`str`, *optional*): Folder of the checkpoint.
+
+    Raises:
+        `InputError`: If the file is truncated, of another kind, or holds code.
+    """
+    path = Path(checkpoint or ".") / SCHEDULER_NAME
+    if checkpoint is None or not path.is_file():
+        return {}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except Exception as error:  # of the many types that torch.load raises
+        raise InputError(
+            "checkpoint",
+            str(path),
+            f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}).",
+            "Resume from another checkpoint.",
+        ) from error
+    return state
+
+
 def prepare_again(trainer: Trainer) -> None:
     """
     Lets a model that was evaluated first be prepared for its training in several processes.
@@ -363,19 +390,7 @@ class ALRSTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        path = Path(checkpoint or ".") / SCHEDULER_NAME
-        if checkpoint is not None and path.is_file():
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                if not isinstance(state, dict):
-                    raise ValueError(f"it holds a {type(state).__name__}")
-            except Exception as error:  # of the many types that torch.load raises
-                raise InputError(
-                    "checkpoint",
-                    str(path),
-                    f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}).",
-                    "Resume from another checkpoint.",
-                ) from error
+        read_scheduler_state(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .baselines import BASELINES, Baseline, scheduler_kwargs
-from .callback import CONTROLLER, ALRSTrainer, prepare_again
+from .callback import CONTROLLER, ALRSTrainer, prepare_again, read_scheduler_state
 from .config import ALRSConfig, InputError
 from .range_test import RangeTestScheduler
 from .scheduler import get_scheduler
@@ -154,6 +154,16 @@ class NamedSchedulerTrainer(Trainer):
                 scheduler_specific_kwargs=kwargs,
             )
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if "alrs_state_version" in read_scheduler_state(checkpoint):
+            raise InputError(
+                "checkpoint",
+                checkpoint,
+                f"was written by a run of alrs, and this one is of {self.baseline.scheduler}.",
+                "Give another output_dir, or the scheduler of that run.",
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

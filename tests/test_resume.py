@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, InputError, get_scheduler
 from hf_alrs.callback import HISTORY_NAME
+from hf_alrs.experiment import NamedSchedulerTrainer, find_baseline
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -237,6 +238,20 @@ def test_a_checkpoint_made_without_alrs_is_refused(route: str, network: str, tmp
     Trainer(tiny_classifier(dropout=0.3, batch_norm=True), args, train_dataset=tiny_dataset()).train()
     trainer = make_trainer(route, arguments(tmp_path), config_for(network))
     with pytest.raises(InputError, match="checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.reliability("checkpoint of an ALRS run under another scheduler: refused with the remedy")
+def test_another_scheduler_does_not_go_on_with_a_checkpoint_of_alrs(network: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4, max_steps=4)
+    make_trainer("trainer", args, config_for(network)).train()
+    trainer = NamedSchedulerTrainer(
+        tiny_classifier(dropout=0.3, batch_norm=True),
+        arguments(tmp_path),
+        train_dataset=tiny_dataset(),
+        baseline=find_baseline("linear"),
+    )
+    with pytest.raises(InputError, match=r"written by a run of alrs.*another output_dir"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 

@@ -37,6 +37,11 @@ from .spec import EXTENDED_SEED, LONG_SEED, POPULATION_VERSION
 _HUBER_WEIGHT = 0.03
 _L2 = 1e-5
 _FEATURE_NOISE = 0.05
+# What hardly varies within a group tells groups apart, and those that are there would be learnt by heart; features that are
+# missing now and then keep the network from resting on a few.
+_CONSTANT_FEATURES = [FEATURE_NAMES.index(name) for name in ("run_length", "adaptive_optimizer", "epochs")]
+_CONSTANT_FEATURE_NOISE = 0.5
+_FEATURE_DROPOUT = 0.1
 # Slope of the regret curve beyond the grid, per natural log of the rate
 _BEYOND_GRID = 0.1
 
@@ -247,7 +252,10 @@ def visit(group: Group, network: MetaLRNetwork | None, num_members: int, seed: i
 def fit(
     network: MetaLRNetwork, states: States, num_iterations: int, batch_size: int, learning_rate: float, seed: int
 ) -> float:
-    """Trains the network on labelled states; returns the mean loss of the last tenth of the iterations."""
+    """
+    Trains the network on labelled states, under noise and dropout of features; returns the mean loss of the last tenth of
+    the iterations.
+    """
     generator = torch.Generator().manual_seed(seed)
     step = math.log(10) * 4.5 / (GRID_SIZE - 1)
     best = states.origins + step * states.curves.argmin(1)
@@ -258,6 +266,9 @@ def fit(
         index = torch.randint(len(states.weights), (batch_size,), generator=generator)
         features = states.features[index].float()
         features += _FEATURE_NOISE * torch.randn(features.shape, generator=generator)
+        constant = torch.randn((batch_size, len(_CONSTANT_FEATURES)), generator=generator)
+        features[:, _CONSTANT_FEATURES] += _CONSTANT_FEATURE_NOISE * constant
+        features *= torch.rand(features.shape, generator=generator) >= _FEATURE_DROPOUT
         correction = network.correction(features)
         rates = states.log_rates[index]
         regret = regret_at(states.curves[index], states.origins[index], step, rates + correction)

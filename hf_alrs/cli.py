@@ -12,6 +12,7 @@ from .comparison import compare
 from .config import InputError
 from .evidence.command import evidence_command
 from .experiment import Task
+from .matrix import environment
 from .report import build_report, load_runs
 from .report.leaderboard import LEADERBOARD_FILE, build_leaderboard, render_leaderboard
 from .run import train
@@ -67,6 +68,12 @@ def _command_meta_train(arguments: Sequence[str]) -> None:
     meta_train_command(arguments)
 
 
+def _command_meta_evaluate(arguments: Sequence[str]) -> None:
+    from .meta_training.command import meta_evaluate_command
+
+    meta_evaluate_command(arguments, environment)
+
+
 def _command_report(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-alrs report",
@@ -96,6 +103,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "publish": (publish_command, "publish the results of a comparison on the Hub"),
     "pull": (pull_command, "fetch published results from the Hub"),
     "meta-train": (_command_meta_train, "train the network on a population of small tasks"),
+    "meta-evaluate": (_command_meta_evaluate, "judge a network on small tasks that it has not seen"),
 }
 
 

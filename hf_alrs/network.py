@@ -159,7 +159,7 @@ class MetaLRNetwork(
         else:
             text = fetch_text(model_id, _CARD_NAME, missing="", **options)
         network._described = _card_sections(text)
-        network._described_weights = network._fingerprint()
+        network._described_weights = network.fingerprint()
         return network
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -186,7 +186,7 @@ class MetaLRNetwork(
         count = sum(parameter.numel() for parameter in self.parameters())
         sizes = "-".join(map(str, (self.layers[0].in_features, *self.hidden_sizes, 1)))
         told = {"architecture": f"Layers: {sizes}, {count:,} weights; version {FEATURE_VERSION} of the features."}
-        if self._described and self._fingerprint() == self._described_weights:
+        if self._described and self.fingerprint() == self._described_weights:
             told |= self._described
         elif self._described:
             told["training"] = (
@@ -195,7 +195,7 @@ class MetaLRNetwork(
             )
         return super().generate_model_card(**told | kwargs)
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
         """SHA-256 over the weights."""
         digest = hashlib.sha256()
         for parameter in self.parameters():

@@ -13,9 +13,10 @@ from conftest import network_saying
 from hf_alrs.config import InputError
 from hf_alrs.features import FEATURE_NAMES
 from hf_alrs.meta_training.bank import Group, group_path, load_group, run_group, save_group
-from hf_alrs.meta_training.command import read_config
+from hf_alrs.meta_training.command import meta_evaluate_command, read_config
+from hf_alrs.meta_training.evaluation import summarize
 from hf_alrs.meta_training.spec import sample_spec
-from hf_alrs.meta_training.training import MetaTrainingConfig, States, distill, fit, meta_train, regret_at, summarize
+from hf_alrs.meta_training.training import MetaTrainingConfig, States, distill, fit, meta_train, regret_at
 from hf_alrs.network import MetaLRNetwork
 
 
@@ -177,7 +178,30 @@ def test_summary_is_weighted_over_tasks_that_can_be_learnt() -> None:
     )
     np.testing.assert_allclose(table["regret_by_initial_rate"], [0.2, 0.4])
     assert table["mean_regret"] == pytest.approx(0.3)
-    assert (table["num_tasks"], table["mean_restarts"]) == (2, 0.5)
+    assert (table["num_tasks"], table["num_groups"], table["mean_restarts"]) == (2, 2, 0.5)
+    # (0.2 - 0.3) * 1 and (0.5 - 0.3) * 0.5 deviate; over the total weight of 1.5, with two of one degree of freedom
+    assert table["standard_error"] == pytest.approx((2 * (0.1**2 + 0.1**2)) ** 0.5 / 1.5)
+
+
+def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path: Path) -> None:
+    arguments = ["--first_seed", "5", "--num_groups", "2", "--num_tasks", "1", "--max_cost", "1"]
+    arguments += ["--output_dir", str(tmp_path)]
+    meta_evaluate_command(arguments, lambda: {"commit": "abc"})
+    report = json.loads((tmp_path / "report-64-32.json").read_text())
+    outcomes = sorted(tmp_path.glob("network-*/group-*.json"))
+    assert [path.name for path in outcomes] == ["group-5.json", "group-6.json"]
+    assert report["table"] == summarize([json.loads(path.read_text()) for path in outcomes])
+    assert len(report["table"]["regret_by_initial_rate"]) == 16
+    assert (report["first_seed"], report["environment"]) == (5, {"commit": "abc"})
+    assert report["network"]["sha256"].startswith(outcomes[0].parent.name.split("-")[1])
+
+    before = [path.stat().st_mtime_ns for path in tmp_path.rglob("group-*")]
+    meta_evaluate_command(arguments, lambda: {"commit": "abc"})
+    assert [path.stat().st_mtime_ns for path in tmp_path.rglob("group-*")] == before
+    with pytest.raises(InputError, match="num_groups"):
+        meta_evaluate_command([*arguments, "--num_groups", "0"], dict)
+    with pytest.raises(InputError, match="max_cost"):
+        meta_evaluate_command([*arguments, "--max_cost", "0.5"], dict)
 
 
 def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:

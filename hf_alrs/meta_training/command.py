@@ -1,16 +1,19 @@
-"""The command `hf-alrs meta-train`."""
+"""The commands `hf-alrs meta-train` and `hf-alrs meta-evaluate`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, read_yaml
+from ..config import ALRSConfig, InputError, read_yaml
+from ..network import load_network
+from .evaluation import evaluate_network
+from .spec import POPULATION_VERSION
 from .training import MetaTrainingConfig, meta_train
 
 
@@ -79,3 +82,40 @@ def meta_train_command(arguments: Sequence[str]) -> None:
     for name, table in report.items():
         if isinstance(table, dict) and "mean_regret" in table:
             print(f"\nNetwork {name}, held-out tasks: {json.dumps(table, indent=2)}")
+
+
+def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], dict[str, Any]]) -> None:
+    """Judges a network on groups of tasks that it has not seen, and stores the table."""
+    parser = argparse.ArgumentParser(
+        prog="hf-alrs meta-evaluate", description="Judge a network on groups of small tasks that it has not seen."
+    )
+    defaults = ALRSConfig()
+    parser.add_argument("--network", default=defaults.network, help="As of a run: `default`, a folder or a Hub id.")
+    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=list(defaults.hidden_sizes))
+    parser.add_argument("--first_seed", type=int, required=True, help="Groups are drawn from this seed on.")
+    parser.add_argument("--num_groups", type=int, default=100)
+    parser.add_argument("--num_tasks", type=int, default=2, help="Tasks of a group.")
+    parser.add_argument("--max_cost", type=float, default=5.0, help="Groups that take more seconds are made shorter.")
+    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/meta-evaluation"))
+    options = parser.parse_args(arguments)
+    for name in ("num_groups", "num_tasks", "max_cost", "num_workers"):
+        if not getattr(options, name) >= 1:
+            raise InputError(name, getattr(options, name), "must be at least 1.", "Correct it.")
+    if options.first_seed < 0:
+        raise InputError("first_seed", options.first_seed, "must be at least 0.", "Correct it.")
+    network = load_network(options.network, options.hidden_sizes, defaults.seed)
+    seeds = range(options.first_seed, options.first_seed + options.num_groups)
+    table = evaluate_network(
+        network, options.output_dir, seeds, options.num_tasks, options.max_cost, options.num_workers, _Lines()
+    )
+    report = {
+        "network": {"name": options.network, "sha256": network.fingerprint()},
+        "first_seed": options.first_seed,
+        "population_version": POPULATION_VERSION,
+        "table": table,
+        "environment": environment(),
+    }
+    path = options.output_dir / f"report-{'-'.join(map(str, network.hidden_sizes))}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nHeld-out tasks: {json.dumps(table, indent=2)}\nStored in {path}")

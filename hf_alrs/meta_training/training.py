@@ -29,6 +29,7 @@ from ..config import ALRSConfig, InputError
 from ..features import FEATURE_NAMES, FEATURE_VERSION
 from ..network import MetaLRNetwork
 from .bank import Group, fill_bank, group_path, load_group, load_stored
+from .evaluation import evaluate_held_out, init_worker
 from .population import GRID_SIZE
 from .rollout import rollout
 from .spec import EXTENDED_SEED, LONG_SEED, POPULATION_VERSION
@@ -318,44 +319,7 @@ def distill(
     return float(loss.detach())
 
 
-def evaluate_group(group: Group, network: MetaLRNetwork | None, config: ALRSConfig | None = None) -> dict[str, list]:
-    """
-    Regret of the network's runs from every initial rate of the grid, on a group it was not trained on.
-
-    Returns:
-        `dict`: `regret` and `weight`, lists over tasks (of lists over initial rates), and mean `restarts`.
-    """
-    population = group.population(GRID_SIZE)
-    result = rollout(population, group.log_rates.repeat(group.num_tasks), network, config, record=False)
-    shape = (group.num_tasks, GRID_SIZE)
-    return {
-        "regret": group.regret(result.loss.view(shape), result.error.view(shape)).tolist(),
-        "weight": group.weight.tolist(),
-        "restarts": float(result.restarts.mean()),
-    }
-
-
-def summarize(evaluations: Sequence[dict[str, list]]) -> dict[str, object]:
-    """Weighted mean regret over held-out tasks: overall, by initial rate, and its 90th percentile over runs."""
-    regret = np.concatenate([np.asarray(e["regret"]) for e in evaluations])
-    weight = np.concatenate([np.asarray(e["weight"]) for e in evaluations])
-    used = weight > 0
-    by_rate = (regret[used] * weight[used, None]).sum(0) / weight[used].sum()
-    return {
-        "mean_regret": float(by_rate.mean()),
-        "regret_by_initial_rate": [round(float(x), 4) for x in by_rate],
-        "percentile_90": float(np.quantile(regret[used], 0.9)),
-        "num_tasks": int(used.sum()),
-        "mean_restarts": float(np.mean([e["restarts"] for e in evaluations])),
-    }
-
-
-# Worker entry points: one torch thread a process, so that processes do not fight over cores.
-
-
-def _init_worker() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+# Worker entry points
 
 
 def _fill(arguments: tuple[str, int, int, float | None, bool]) -> None:
@@ -373,21 +337,6 @@ def _visit(arguments: tuple[str, int, str | None, int, str, int]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     torch.save(asdict(states), temporary)
     temporary.replace(path)
-
-
-def _evaluate(arguments: tuple[str, int, str | None, dict]) -> dict[str, list]:
-    bank, seed, network, config = arguments
-    policy = MetaLRNetwork.from_pretrained(network) if network else None
-    return evaluate_group(load_group(group_path(Path(bank), seed)), policy, ALRSConfig(**config))
-
-
-def evaluate_held_out(
-    bank: Path, seeds: Sequence[int], network: Path | None, num_workers: int, config: dict | None = None
-) -> dict[str, object]:
-    """`summarize` over the held-out groups of a bank."""
-    jobs = [(str(bank), seed, str(network) if network else None, config or {}) for seed in seeds]
-    with ProcessPoolExecutor(num_workers, initializer=_init_worker) as pool:
-        return summarize(list(pool.map(_evaluate, jobs)))
 
 
 def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> dict[str, object]:
@@ -410,7 +359,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     visited.mkdir(parents=True, exist_ok=True)
     held_out = [*config.held_out_seeds, *config.held_out_long_seeds, *config.held_out_extended_seeds]
     seeds = [*held_out, *config.train_seeds]
-    with ProcessPoolExecutor(config.num_workers, initializer=_init_worker) as pool:
+    with ProcessPoolExecutor(config.num_workers, initializer=init_worker) as pool:
         jobs = [(str(bank), seed, *config.size_of(seed), seed in held_out) for seed in seeds]
         for done, _ in enumerate(pool.map(_fill, jobs)):
             report_progress("bank", done + 1, len(jobs))

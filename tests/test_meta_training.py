@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,12 +66,12 @@ def test_regret_between_and_beyond_the_points_of_the_grid() -> None:
     torch.testing.assert_close(read, torch.tensor([1.0, 0.5, 1.0, 1.0 + 0.1 * 2]))
 
 
-def test_fit_learns_to_ask_for_the_best_rate() -> None:
-    """States whose first feature tells how far the rate is from the best one."""
+def states_told_by(*told_by: int) -> tuple[States, torch.Tensor]:
+    """States whose features `told_by` say how far the rate is from the best one, and that distance."""
     torch.manual_seed(0)
     offsets = torch.empty(4000).uniform_(-3, 3)
     features = torch.zeros(4000, len(FEATURE_NAMES))
-    features[:, 0] = offsets
+    features[:, told_by] = offsets[:, None]
     grid = torch.linspace(-5, -0.5, 16) * math.log(10)
     best = grid[8]
     states = States(
@@ -80,11 +81,37 @@ def test_fit_learns_to_ask_for_the_best_rate() -> None:
         origins=torch.full((4000,), float(grid[0])),
         weights=torch.ones(4000),
     )
+    return states, offsets
+
+
+def test_fit_learns_to_ask_for_the_best_rate() -> None:
+    states, offsets = states_told_by(0)
     network = MetaLRNetwork()
     fit(network, states, num_iterations=300, batch_size=256, learning_rate=3e-3, seed=0)
     with torch.no_grad():
-        error = (network.correction(features) + offsets).abs().mean()
+        error = (network.correction(states.features.float()) + offsets).abs().mean()
     assert error < 0.3, f"expected a correction of minus the offset, off by {error:.2f}"
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [({"feature_noise": {FEATURE_NAMES[0]: 50.0}}, (0.0, 1.0)), ({"feature_dropout": 0.5}, (0.35, 0.35))],
+    ids=["noise", "dropout"],
+)
+def test_fit_does_not_rest_on_a_feature_that_is_noisy_or_missing(
+    options: dict[str, Any], shares: tuple[float, float]
+) -> None:
+    """Two features tell the same; what the network makes of one with the other one at 0 is its share."""
+    states, offsets = states_told_by(0, 1)
+    network = MetaLRNetwork()
+    fit(network, states, num_iterations=600, batch_size=256, learning_rate=3e-3, seed=0, **options)
+    for feature, least in enumerate(shares):
+        alone = torch.zeros(4000, len(FEATURE_NAMES))
+        alone[:, feature] = offsets
+        with torch.no_grad():
+            corrections = network.correction(alone)
+        share = -(corrections * offsets).sum() / offsets.square().sum()
+        assert share == pytest.approx(least, abs=0.1) if least in (0.0, 1.0) else share > least
 
 
 def test_distillation_gives_the_mean_of_the_teachers() -> None:
@@ -216,6 +243,12 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
         read_config(path)
     path.write_text("output_dir: x\nstates_from: [nowhere]\n")
     with pytest.raises(InputError, match="nowhere"):
+        read_config(path)
+    path.write_text("output_dir: x\nfeature_noise: {epoch: 0.5}\n")
+    with pytest.raises(InputError, match=r"feature_noise.*epochs"):
+        read_config(path)
+    path.write_text("output_dir: x\nfeature_dropout: 1\n")
+    with pytest.raises(InputError, match="feature_dropout"):
         read_config(path)
     path.write_text("output_dir: x\nnum_groups: 0\n")
     with pytest.raises(InputError, match="num_groups"):

@@ -46,6 +46,10 @@ def _fits(f: Field, value: Any) -> bool:
         return isinstance(value, list) and all(
             isinstance(item, dict if f.name == "ensemble" else str) for item in value
         )
+    if f.name == "feature_noise":
+        return isinstance(value, dict)
+    if f.name == "feature_dropout":
+        return type(value) in (int, float)
     if f.name == "hidden_sizes":
         return bool(value) and all(
             isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes)

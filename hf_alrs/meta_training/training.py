@@ -14,7 +14,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,11 +38,6 @@ from .spec import EXTENDED_SEED, LONG_SEED, POPULATION_VERSION
 _HUBER_WEIGHT = 0.03
 _L2 = 1e-5
 _FEATURE_NOISE = 0.05
-# What hardly varies within a group tells groups apart, and those that are there would be learnt by heart; features that are
-# missing now and then keep the network from resting on a few.
-_CONSTANT_FEATURES = [FEATURE_NAMES.index(name) for name in ("run_length", "adaptive_optimizer", "epochs")]
-_CONSTANT_FEATURE_NOISE = 0.5
-_FEATURE_DROPOUT = 0.1
 # Slope of the regret curve beyond the grid, per natural log of the rate
 _BEYOND_GRID = 0.1
 
@@ -69,6 +64,9 @@ class MetaTrainingConfig:
         ensemble (`list[dict]`): Further networks fitted to all states, each with `hidden_sizes`, `seed` and
             `num_iterations`. Where there are some, the result is distilled from the mean of all networks: single fits
             differ widely in how they do under their own control.
+        feature_noise (`dict[str, float]`): Standard deviation of further noise on single features in the regression. Those
+            that hardly vary within a group tell groups apart, and invite learning them by heart.
+        feature_dropout (`float`): Probability that a feature is 0 in the regression.
         states_from (`list[str]`): Output folders of earlier runs, whose states and networks count as well.
         num_distillation_iterations (`int`): Steps of the distillation.
         max_cost, max_long_cost, max_extended_cost (`float`, *optional*): Groups whose grid would take more seconds than
@@ -93,6 +91,8 @@ class MetaTrainingConfig:
     learning_rate: float = 2e-3
     hidden_sizes: list[list[int]] = field(default_factory=lambda: [[64, 32], [64, 64]])
     ensemble: list[dict[str, Any]] = field(default_factory=list)
+    feature_noise: dict[str, float] = field(default_factory=dict)
+    feature_dropout: float = 0.0
     states_from: list[str] = field(default_factory=list)
     num_distillation_iterations: int = 10_000
     max_cost: float | None = 4.0
@@ -124,6 +124,13 @@ class MetaTrainingConfig:
             if len(member) != 3 or any(type(number) is not int for number in numbers):
                 rule = "must have hidden_sizes (a list of whole numbers), seed and num_iterations, and nothing else."
                 raise InputError("ensemble", member, rule, "Correct the configuration.")
+        for name, value in self.feature_noise.items():
+            if name not in FEATURE_NAMES or type(value) not in (int, float) or not 0 <= value < math.inf:
+                rule = f"must give a number of at least 0 for features among {', '.join(FEATURE_NAMES)}."
+                raise InputError("feature_noise", {name: value}, rule, "Correct the configuration.")
+        if not 0 <= self.feature_dropout < 1:
+            rule = "must be at least 0 and below 1."
+            raise InputError("feature_dropout", self.feature_dropout, rule, "Correct the configuration.")
         for folder in self.states_from:
             if not (Path(folder) / "states").is_dir():
                 rule = "is not the output folder of an earlier run."
@@ -251,12 +258,26 @@ def visit(group: Group, network: MetaLRNetwork | None, num_members: int, seed: i
 
 
 def fit(
-    network: MetaLRNetwork, states: States, num_iterations: int, batch_size: int, learning_rate: float, seed: int
+    network: MetaLRNetwork,
+    states: States,
+    num_iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    feature_noise: Mapping[str, float] | None = None,
+    feature_dropout: float = 0.0,
 ) -> float:
     """
-    Trains the network on labelled states, under noise and dropout of features; returns the mean loss of the last tenth of
-    the iterations.
+    Trains the network on labelled states; returns the mean loss of the last tenth of the iterations.
+
+    Args:
+        network (`MetaLRNetwork`): The one to train.
+        states (`States`): On these.
+        num_iterations, batch_size (`int`), learning_rate (`float`), seed (`int`): Of Adam with linear decay.
+        feature_noise (`Mapping[str, float]`, *optional*), feature_dropout (`float`): As in [`MetaTrainingConfig`].
     """
+    noisy = [FEATURE_NAMES.index(name) for name in feature_noise or ()]
+    deviations = torch.tensor([float(value) for value in (feature_noise or {}).values()])
     generator = torch.Generator().manual_seed(seed)
     step = math.log(10) * 4.5 / (GRID_SIZE - 1)
     best = states.origins + step * states.curves.argmin(1)
@@ -267,9 +288,10 @@ def fit(
         index = torch.randint(len(states.weights), (batch_size,), generator=generator)
         features = states.features[index].float()
         features += _FEATURE_NOISE * torch.randn(features.shape, generator=generator)
-        constant = torch.randn((batch_size, len(_CONSTANT_FEATURES)), generator=generator)
-        features[:, _CONSTANT_FEATURES] += _CONSTANT_FEATURE_NOISE * constant
-        features *= torch.rand(features.shape, generator=generator) >= _FEATURE_DROPOUT
+        if noisy:
+            features[:, noisy] += deviations * torch.randn((batch_size, len(noisy)), generator=generator)
+        if feature_dropout:
+            features *= torch.rand(features.shape, generator=generator) >= feature_dropout
         correction = network.correction(features)
         rates = states.log_rates[index]
         regret = regret_at(states.curves[index], states.origins[index], step, rates + correction)
@@ -483,7 +505,7 @@ def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, 
             network = MetaLRNetwork(member["hidden_sizes"])
             fit(
                 network, _states(config, 0), member["num_iterations"], config.batch_size, config.learning_rate,
-                member["seed"],
+                member["seed"], config.feature_noise, config.feature_dropout,
             )  # fmt: skip
             network.save_pretrained(folder)
         teachers.append(folder)
@@ -514,6 +536,9 @@ def _fit_round(
         for sizes, folder in zip(all_sizes, folders, strict=True):
             torch.manual_seed(config.seed)
             network = MetaLRNetwork(sizes)
-            fit(network, states, config.num_iterations, config.batch_size, config.learning_rate, config.seed)
+            fit(
+                network, states, config.num_iterations, config.batch_size, config.learning_rate, config.seed,
+                config.feature_noise, config.feature_dropout,
+            )  # fmt: skip
             network.save_pretrained(folder)
     return folders[0]

@@ -90,9 +90,7 @@ def _judge(arguments: tuple[str, int, int, float | None, str, str]) -> dict[str,
     path = Path(target)
     if not path.exists():
         fill_bank(Path(bank), [seed], num_tasks, max_cost)
-        evaluation = evaluate_group(
-            load_group(group_path(Path(bank), seed)), MetaLRNetwork.from_pretrained(network), ALRSConfig()
-        )
+        evaluation = _evaluate((bank, seed, network, {}))
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(evaluation))
         temporary.replace(path)

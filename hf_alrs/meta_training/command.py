@@ -120,6 +120,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         "table": table,
         "environment": environment(),
     }
-    path = options.output_dir / f"report-{'-'.join(map(str, network.hidden_sizes))}.json"
+    name = "-".join(map(str, [*network.hidden_sizes, options.first_seed, options.num_groups]))
+    path = options.output_dir / f"report-{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nHeld-out tasks: {json.dumps(table, indent=2)}\nStored in {path}")

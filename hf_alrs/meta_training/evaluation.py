@@ -20,6 +20,7 @@ from ..network import MetaLRNetwork
 from .bank import Group, fill_bank, group_path, load_group
 from .population import GRID_SIZE
 from .rollout import rollout
+from .spec import POPULATION_VERSION
 
 
 def init_worker() -> None:
@@ -70,27 +71,24 @@ def summarize(evaluations: Sequence[dict[str, list]]) -> dict[str, object]:
     }
 
 
-def _evaluate(arguments: tuple[str, int, str | None, dict]) -> dict[str, list]:
-    bank, seed, network, config = arguments
-    policy = MetaLRNetwork.from_pretrained(network) if network else None
-    return evaluate_group(load_group(group_path(Path(bank), seed)), policy, ALRSConfig(**config))
+def _evaluate(arguments: tuple[str, int, str]) -> dict[str, list]:
+    bank, seed, network = arguments
+    return evaluate_group(load_group(group_path(Path(bank), seed)), MetaLRNetwork.from_pretrained(network))
 
 
-def evaluate_held_out(
-    bank: Path, seeds: Sequence[int], network: Path | None, num_workers: int, config: dict | None = None
-) -> dict[str, object]:
+def evaluate_held_out(bank: Path, seeds: Sequence[int], network: Path, num_workers: int) -> dict[str, object]:
     """`summarize` over the held-out groups of a bank."""
-    jobs = [(str(bank), seed, str(network) if network else None, config or {}) for seed in seeds]
+    jobs = [(str(bank), seed, str(network)) for seed in seeds]
     with ProcessPoolExecutor(num_workers, initializer=init_worker) as pool:
         return summarize(list(pool.map(_evaluate, jobs)))
 
 
-def _judge(arguments: tuple[str, int, int, float | None, str, str]) -> dict[str, list]:
-    bank, seed, num_tasks, max_cost, network, target = arguments
-    path = Path(target)
+def _judge(arguments: tuple[str, int, int, float | None, str]) -> dict[str, list]:
+    bank, seed, num_tasks, max_cost, network = arguments
+    path = Path(network) / f"group-{seed}.json"
     if not path.exists():
         fill_bank(Path(bank), [seed], num_tasks, max_cost)
-        evaluation = _evaluate((bank, seed, network, {}))
+        evaluation = _evaluate((bank, seed, network))
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(evaluation))
         temporary.replace(path)
@@ -120,11 +118,11 @@ def evaluate_network(
     Returns:
         `dict`: As of [`summarize`].
     """
-    folder = output_dir / f"network-{network.fingerprint()[:12]}-{num_tasks}"
+    bank = output_dir / f"bank-v{POPULATION_VERSION}-{num_tasks}-{max_cost}"
+    folder = bank / f"network-{network.fingerprint()[:12]}"  # outcomes are of this bank's groups
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)
-    bank = output_dir / f"bank-{num_tasks}-{max_cost}"
-    jobs = [(str(bank), seed, num_tasks, max_cost, str(folder), str(folder / f"group-{seed}.json")) for seed in seeds]
+    jobs = [(str(bank), seed, num_tasks, max_cost, str(folder)) for seed in seeds]
     evaluations = []
     with ProcessPoolExecutor(num_workers, initializer=init_worker) as pool:
         for done, evaluation in enumerate(pool.map(_judge, jobs)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
@@ -23,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy, has_length
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
 from .features import FEATURE_NAMES
-from .scheduler import ALRSScheduler, get_scheduler
+from .scheduler import STATE_KEY, ALRSScheduler, get_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -32,11 +34,10 @@ HISTORY_NAME = "alrs_history.jsonl"
 # Key of the controller's split in a dictionary of evaluation datasets
 CONTROLLER = "controller"
 # Examples in one evaluation of the controller's split: this share of the examples that the run sees, within bounds. A
-# forward pass costs a third of a step, so ten of them add about 5 % to the shortest runs and less to longer ones.
+# forward pass costs a third of a step, so ten of them add 5 % at most to a run that sees 4,300 examples or more; a shorter
+# one pays for ten times the least number.
 _CONTROLLER_SHARE, _CONTROLLER_SAMPLES = 0.015, (64, 512)
 _SECONDS_BETWEEN_WRITES = 1.0
-# Where our state travels inside the state of the scheduler that Trainer owns and checkpoints
-_STATE_KEY = "alrs_state"
 
 
 def steps_per_epoch(args: TrainingArguments, num_batches: int | None) -> int | None:
@@ -52,6 +53,9 @@ class ALRSCallback(TrainerCallback):
     replaced. Averaged weights (see [`hf_alrs.averaging`]) are evaluated, saved in checkpoints and left in the model at the
     end, while training goes on from the raw ones. The callback takes over the scheduler that Trainer made, so that the
     logged `learning_rate` is the one in use and checkpoints hold the callback's state.
+
+    Put it last among the callbacks: a checkpoint that a later one asks for holds the raw weights. A checkpoint of
+    [`ALRSTrainer`] is resumed with that one.
 
     Args:
         config (`ALRSConfig`, *optional*): How the network drives.
@@ -74,9 +78,11 @@ class ALRSCallback(TrainerCallback):
         self.phases: list[str] = []
         # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
+        self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
         self._forward_hook: Any = None
         self._loss_seen = False
         self._loss_missed = False
+        self._num_shares = 1  # processes whose shares add up to the loss of a step
         self._next_write = 0.0  # time from which on the history may be written again
 
     def on_train_begin(
@@ -90,15 +96,21 @@ class ALRSCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._detach()
+        if lr_scheduler is self.scheduler:  # a run that was interrupted goes on in the same Trainer
+            self._remove_forward_hook()
+        else:
+            self._detach()
         self.phases = []
+        self._num_shares = args.world_size if args.average_tokens_across_devices else 1
         _refuse_deepspeed_scheduler(args)
         if isinstance(lr_scheduler, ALRSScheduler):
-            self.scheduler, self._loss_seen = lr_scheduler, True
+            lr_scheduler.refuse_closed()
+            self.scheduler = lr_scheduler
         else:
             self.scheduler = self._take_over(args, state, model, optimizer, lr_scheduler, train_dataloader)
+        self._loss_seen = self.told_losses
+        if not self.told_losses:
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
-            self._loss_seen = False
         if self.write_history and state.is_world_process_zero:
             _keep_history(Path(args.output_dir) / HISTORY_NAME, self.scheduler.first_unread_step)
 
@@ -127,15 +139,15 @@ class ALRSCallback(TrainerCallback):
             steps_per_epoch=steps_per_epoch(args, num_batches),
             model=model,
         )
-        resumed = lr_scheduler.__dict__.pop(_STATE_KEY, None)
+        resumed = lr_scheduler.__dict__.pop(STATE_KEY, None)
         if resumed is not None:
             scheduler.load_state_dict(resumed)
         elif state.global_step > 0:
             raise InputError(
                 "resume_from_checkpoint",
                 state.global_step,
-                "the checkpoint at this step was made without ALRS.",
-                "Resume without the callback, or start a new output_dir.",
+                "the checkpoint at this step holds no state of ALRS.",
+                "Resume without the callback, or start a new output_dir; save with the callback and without save_only_model.",
             )
         own_state_dict = type(lr_scheduler).state_dict
         lr_scheduler.step = scheduler.step
@@ -146,7 +158,7 @@ class ALRSCallback(TrainerCallback):
                 for key, value in own_state_dict(lr_scheduler).items()
                 if key not in ("step", "get_last_lr", "state_dict")
             },
-            _STATE_KEY: scheduler.state_dict(),
+            STATE_KEY: scheduler.state_dict(),
         }
         return scheduler
 
@@ -154,10 +166,14 @@ class ALRSCallback(TrainerCallback):
         if not module.training:
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
+        if isinstance(outputs, tuple) and outputs and torch.is_tensor(outputs[0]) and outputs[0].dim() == 0:
+            loss = outputs[0]  # as Trainer takes it
         if loss is not None:
             self._loss_seen = True
-            # Divided by the items of all micro-batches, losses add up to that of the step.
-            self.scheduler.observe(loss=loss.mean(), is_share=kwargs.get("num_items_in_batch") is not None)
+            # Divided by the items of all micro-batches, and of all processes, losses add up to that of the step.
+            is_share = kwargs.get("num_items_in_batch") is not None
+            loss = loss.mean()
+            self.scheduler.observe(loss=loss * self._num_shares if is_share else loss, is_share=is_share)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -228,6 +244,9 @@ class ALRSCallback(TrainerCallback):
     def _detach(self) -> None:
         if self.scheduler is not None:
             self.scheduler.close()
+        self._remove_forward_hook()
+
+    def _remove_forward_hook(self) -> None:
         if self._forward_hook is not None:
             self._forward_hook.remove()
             self._forward_hook = None
@@ -304,15 +323,27 @@ class ALRSTrainer(Trainer):
         args, kwargs: As for `transformers.Trainer`. A controller split is driven by when `eval_dataset` is a dictionary
             with the key `"controller"`: its loss and accuracy become inputs of the network, at the script's evaluations
             and at `controller_evaluations` more on a fixed sample of it, of which no log and no callback is told.
+
+    Raises:
+        `InputError`: If an [`ALRSCallback`] is given too, or a DeepSpeed configuration holds a scheduler.
     """
 
     def __init__(self, *args: Any, alrs_config: ALRSConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if any(isinstance(callback, ALRSCallback) for callback in self.callback_handler.callbacks):
+            raise InputError(
+                "callbacks",
+                "ALRSCallback",
+                "must not be given to ALRSTrainer, which has one.",
+                "Leave it out and pass its config as alrs_config, or use Trainer.",
+            )
         self.alrs_config = alrs_config or ALRSConfig()
         _refuse_deepspeed_scheduler(self.args)
         self.alrs_callback = ALRSCallback(self.alrs_config)
+        self.alrs_callback.told_losses = True
         split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
-        if split is not None and hasattr(split, "__getitem__") and has_length(split):
+        indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset)
+        if indexed and has_length(split):
             self.alrs_callback.evaluate_controller = self._evaluate_controller
         self._controller_loader: Any = None
         self.add_callback(self.alrs_callback)
@@ -345,9 +376,13 @@ class ALRSTrainer(Trainer):
 
     def _evaluate_controller(self) -> dict[str, float]:
         """Metrics on a sample of the controller's split, with the random numbers of training left as they are."""
+        python_state, numpy_state = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
             if self._controller_loader is None:
+                # Trainer keeps the loader of persistent workers for every dataset without a name
+                kept = self.__dict__.pop("_eval_dataloaders", None)
                 self._controller_loader = self.get_eval_dataloader(self._controller_sample())
+                self._eval_dataloaders = kept if kept is not None else {}
             # Neither a bar nor an early-stopping callback is to take this for an evaluation that the script asked for.
             callbacks, self.callback_handler.callbacks = self.callback_handler.callbacks, []
             try:
@@ -359,6 +394,8 @@ class ALRSTrainer(Trainer):
                 )
             finally:
                 self.callback_handler.callbacks = callbacks
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         return output.metrics
 
     def _controller_sample(self) -> Any:
@@ -382,6 +419,11 @@ class ALRSTrainer(Trainer):
         if isinstance(self.lr_scheduler, ALRSScheduler):
             self.lr_scheduler.observe(grad_norm=grad_norm)
         return grad_norm
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.lr_scheduler, ALRSScheduler) and not kwargs.get("_internal_call"):
+            self.lr_scheduler.show_average()  # in the middle of a run; the next step trains the raw weights on
+        super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.lr_scheduler, ALRSScheduler):

@@ -255,6 +255,7 @@ def crashed_record(experiment: Experiment, spec: RunSpec, error: str) -> dict[st
 def _evaluate_all(trainer: Trainer, evaluation_sets: dict[str, Any]) -> dict[str, float]:
     scores: dict[str, float] = {}
     for prefix, dataset in evaluation_sets.items():
+        vars(trainer).pop("_eval_dataloaders", None)  # Trainer's persistent workers keep the data of the first one
         scores |= trainer.evaluate(dataset, metric_key_prefix=prefix)
     return clean_scores({key: value for key, value in scores.items() if key.startswith("eval_")})
 

@@ -254,7 +254,7 @@ def load_network(name: str, hidden_sizes: Sequence[int], seed: int) -> MetaLRNet
     """
     if name == "scratch":
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not those of devices, which nothing puts back
             return MetaLRNetwork(hidden_sizes)
     if name == "default":
         folder = WEIGHTS_DIR / "-".join(str(size) for size in hidden_sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,12 +21,14 @@ from .config import ALRSConfig, InputError
 from .controller import FALLBACK, ALRSController, Decision
 from .features import FEATURE_NAMES, FEATURE_VERSION, SIGNALS
 from .guard import NON_FINITE, SPIKE
-from .signals import SignalRecorder, is_sharded, sharded_like
+from .signals import SignalRecorder, is_sharded, measuring_device, sharded_like
 
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 3
+STATE_VERSION = 4
+# Where our state travels inside that of the scheduler that Trainer owns and checkpoints, with the callback
+STATE_KEY = "alrs_state"
 _OWN_NAMES = ("alrs", "step", "exponential", "one_cycle")
 
 
@@ -89,6 +92,14 @@ class ALRSScheduler(LRScheduler):
         self.config = config or ALRSConfig()
         self.model = model
         inner = unwrapped_optimizer(optimizer)
+        missing = [index for index, group in enumerate(inner.param_groups) if group["lr"] is None]
+        if missing:
+            raise InputError(
+                "lr",
+                None,
+                f"must be a number in every parameter group, and is none in group {missing[0]} of {type(inner).__name__}.",
+                "Give the optimizer a rate; Adafactor also needs relative_step=False.",
+            )
         if _averages_weights_itself(inner):
             self.config = replace(self.config, average_weights=False)
         rates = [float(group.get("initial_lr", group["lr"])) for group in inner.param_groups]
@@ -111,7 +122,9 @@ class ALRSScheduler(LRScheduler):
             )
         self._initial: list[torch.Tensor] | None = None
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
-        self._initial_buffers = [b.detach().clone() for b in model.buffers()] if model is not None else []
+        buffers = dict(model.named_buffers()) if model is not None else {}
+        self._initial_buffers = [b.detach().clone() for b in buffers.values()]
+        self._buffer_names = list(buffers)
         if self.config.average_weights:
             self._average = WeightAverage(self._parameters, model, num_training_steps)
             inner.eval, inner.train = self.show_average, self.hide_average
@@ -129,8 +142,11 @@ class ALRSScheduler(LRScheduler):
         self.last_decision: Decision | None = None
         self.last_meta_loss: float | None = None
         self.seconds = 0.0
+        self._closed = False
         self._hook = inner.register_step_pre_hook(self._before_optimizer_step)
+        self._is_first_call = True  # torch's own call of `step`
         super().__init__(optimizer)
+        self._is_first_call = False
 
     # What the training loop calls
 
@@ -160,7 +176,7 @@ class ALRSScheduler(LRScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         """Advances by the optimizer step just made; does nothing when none was made since the last call."""
-        if self._is_initial:
+        if self._is_first_call:
             self.last_epoch = 0
             self._step_count = 1
             self._set_rates()
@@ -270,6 +286,7 @@ class ALRSScheduler(LRScheduler):
     def close(self) -> None:
         """Takes the hook and the two methods off the optimizer; rates and weights stay where they are."""
         self._hook.remove()
+        self._closed = True
         if self._average is not None:
             self._average.release()
             self._average = None
@@ -277,8 +294,21 @@ class ALRSScheduler(LRScheduler):
                 if getattr(getattr(self._inner, name, None), "__self__", None) is self:
                     delattr(self._inner, name)
 
+    def refuse_closed(self) -> None:
+        """
+        Raises:
+            `InputError`: If a run with this scheduler has ended.
+        """
+        if self._closed:
+            raise InputError(
+                "optimizers",
+                type(self).__name__,
+                "has driven a run to its end, and drives no other.",
+                "Make a new optimizer and scheduler, or let Trainer make them.",
+            )
+
     def _find_parameters(self) -> None:
-        """Looks up the parameters, which FSDP2 exchanges for sharded ones after the optimizer was made."""
+        """Looks up the parameters, which FSDP2 exchanges, and a device moves, after the optimizer was made."""
         found = [
             p
             for group, driven in zip(self._inner.param_groups, self._driven, strict=False)
@@ -286,9 +316,9 @@ class ALRSScheduler(LRScheduler):
             for p in group["params"]
             if p.requires_grad
         ]
-        if len(found) != len(self._parameters) or any(
-            p is not q for p, q in zip(found, self._parameters, strict=True)
-        ):
+        same = len(found) == len(self._parameters) and all(map(operator.is_, found, self._parameters))
+        moved = bool(found) and same and measuring_device(self._recorder.parameters[0]) != self._recorder.device
+        if not same or moved:
             self._parameters = found
             if self._average is not None:
                 self._average = WeightAverage(found, self.model, self.controller.num_training_steps)
@@ -398,13 +428,15 @@ class ALRSScheduler(LRScheduler):
         self._recorder.load_state_dict(kept["recorder"])
 
     def _restored_tensors(self) -> list[torch.Tensor]:
-        buffers = list(self.model.buffers()) if self.model is not None else []
-        return [*self._parameters, *buffers]
+        buffers = dict(self.model.named_buffers()) if self.model is not None else {}
+        nothing = torch.empty(0)  # a forward pass may make buffers, take them away, or exchange them for larger ones
+        return [*self._parameters, *(buffers.get(name, nothing) for name in self._buffer_names)]
 
     @torch.no_grad()
     def _load(self, tensors: list[torch.Tensor], optimizer_state: dict[int, dict[str, Any]]) -> None:
         for target, source in zip(self._restored_tensors(), tensors, strict=True):
-            _local(target).copy_(source)
+            if _local(target).shape == source.shape:
+                _local(target).copy_(source)
         self._inner.state.clear()
         parameters = [p for group in self._inner.param_groups for p in group["params"]]
         for index, values in optimizer_state.items():
@@ -460,6 +492,7 @@ class ALRSScheduler(LRScheduler):
             "average": self._average.state_dict() if self._average is not None else None,
             "rank": torch.distributed.get_rank() if any(map(is_sharded, self._parameters)) else None,
             "told": sorted(self._told),
+            "num_measured_groups": len(self._driven),
             "steps": self._steps,
             "optimizer_steps": self._optimizer_steps,
             "pending": [list(entry) for entry in self._pending],
@@ -478,6 +511,7 @@ class ALRSScheduler(LRScheduler):
             `InputError`: If the state is not this scheduler's, or of another version, network shape or set of
                 parameters.
         """
+        state_dict = state_dict.get(STATE_KEY, state_dict)  # of a checkpoint that was made with the callback
         if "alrs_state_version" not in state_dict:
             raise InputError(
                 "checkpoint",
@@ -499,7 +533,7 @@ class ALRSScheduler(LRScheduler):
                 "checkpoint",
                 groups,
                 f"its number of parameter groups is not this optimizer's {len(self.base_lrs)}.",
-                "Resume with the same parameter groups.",
+                "Resume with the same parameter groups, all added before the scheduler is made.",
             )
         try:
             self._take(state_dict)
@@ -514,7 +548,20 @@ class ALRSScheduler(LRScheduler):
             ) from error
 
     def _take(self, state_dict: dict[str, Any]) -> None:
+        all_driven = self._driven
+        if not 1 <= state_dict["num_measured_groups"] <= len(all_driven):
+            raise ValueError("a number of groups that cannot be")
+        self._driven = all_driven[: state_dict["num_measured_groups"]]  # signals leave out what thawed later
         self._find_parameters()
+        if self._average is not None and len(self._driven) < len(all_driven):
+            thawed = [
+                p
+                for group, driven in zip(self._inner.param_groups, all_driven, strict=True)
+                if driven
+                for p in group["params"]
+                if p.requires_grad
+            ]
+            self._average = WeightAverage(thawed, self.model, self.controller.num_training_steps)
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
             raise InputError(
@@ -546,6 +593,7 @@ class ALRSScheduler(LRScheduler):
         self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
         self._signals, self._loss, self._micro_batches, self._grad_norm = None, None, 0, None
+        self.history = []  # of a run that was interrupted in this process
         self.base_lrs = list(state_dict["base_lrs"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
         self.seconds = state_dict["seconds"]
@@ -558,7 +606,7 @@ def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:
     """Numbers and tensors of one element as one float64 vector."""
     if all(isinstance(x, torch.Tensor) and x.dim() == 0 and x.device == device for x in numbers):
         return torch.stack(numbers).double()
-    return torch.cat([torch.as_tensor(x, dtype=torch.float64, device=device).reshape(1) for x in numbers])
+    return torch.cat([torch.as_tensor(x).to(device).double().reshape(1) for x in numbers])
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -100,6 +100,11 @@ class _LocalPart:
         return part.new_zeros(self.size).index_copy_(0, self.held, part[self.local])
 
 
+def measuring_device(parameter: torch.Tensor) -> torch.device:
+    """Where a parameter's signals are measured: Apple's MPS has neither double precision nor segmented sums."""
+    return torch.device("cpu") if parameter.device.type == "mps" else parameter.device
+
+
 class SignalRecorder:
     """
     Measures the signals of `hf_alrs.features.SIGNALS` on live parameters.
@@ -112,7 +117,7 @@ class SignalRecorder:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], max_size: int):
         self.parameters = [p for p in parameters if p.numel() > 0]  # a shard may hold nothing of a parameter
-        self.device = self.parameters[0].device
+        self.device = measuring_device(self.parameters[0])
         share = max(_MIN_SHARE, max_size // len(self.parameters))
         self._strides = [_stride(p, share) for p in self.parameters]
         sizes = [len(range(0, p.numel(), stride)) for p, stride in zip(self.parameters, self._strides, strict=True)]
@@ -125,7 +130,7 @@ class SignalRecorder:
         self._sizes = torch.tensor(sizes, device=self.device)
         # Weight of each tensor in a mean over the matrices
         is_matrix = torch.tensor([float(p.dim() > 1) for p in self.parameters], device=self.device)
-        num_matrices = int(is_matrix.sum())
+        num_matrices = sum(p.dim() > 1 for p in self.parameters)
         self._matrix_share = is_matrix / max(num_matrices, 1)
         # Of sharded parameters alone; the others are whole on every process
         self._parts = [

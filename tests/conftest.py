@@ -129,6 +129,19 @@ def tiny_classifier(seed: int = 0, **kwargs: Any) -> TinyClassifier:
         return TinyClassifier(**kwargs)
 
 
+class LanguageModelLoss(TinyClassifier):
+    """Normalises by the examples of the whole step when Trainer says how many, as language models do."""
+
+    accepts_loss_kwargs = True
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        output = super().forward(x, labels)
+        count = kwargs.get("num_items_in_batch")
+        if count is not None and labels is not None:
+            output["loss"] = output["loss"] * len(labels) / count
+        return output
+
+
 def tiny_dataset(size: int = 64, seed: int = 1, num_inputs: int = 6, num_classes: int = 3) -> list[dict[str, Any]]:
     """Examples whose label a linear model can nearly learn."""
     generator = torch.Generator().manual_seed(seed)

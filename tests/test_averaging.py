@@ -620,6 +620,46 @@ def test_layers_that_thaw_are_averaged_with_the_others(quiet: Config) -> None:
     torch.testing.assert_close(flat(model), averaged(weights))
 
 
+def test_a_run_in_which_layers_thawed_is_resumed_exactly(quiet: Config) -> None:
+    def begin(thawed: bool) -> tuple[Line, nn.Parameter, torch.optim.Optimizer, ALRSScheduler]:
+        model, late = Line(), nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if thawed:
+            optimizer.add_param_group({"params": [late], "lr": 0.05})
+        return model, late, optimizer, ALRSScheduler(optimizer, T, config=quiet(says=0.3))
+
+    def go(
+        model: Line, late: nn.Parameter, optimizer: torch.optim.Optimizer, scheduler: ALRSScheduler, n: int
+    ) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            loss = loss_of(model, X) - 0.1 * late.sum()
+            scheduler.observe(loss=loss)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+    model, late, optimizer, scheduler = begin(False)
+    go(model, late, optimizer, scheduler, 6)
+    optimizer.add_param_group({"params": [late], "lr": 0.05})
+    go(model, late, optimizer, scheduler, 10)
+    kept = io.BytesIO()
+    torch.save([model.state_dict(), late.detach(), optimizer.state_dict(), scheduler.state_dict()], kept)
+    go(model, late, optimizer, scheduler, T - 16)
+
+    kept.seek(0)
+    weights, value, state, own = torch.load(kept, weights_only=True)
+    again, late_again, optimizer, resumed = begin(True)
+    again.load_state_dict(weights)
+    late_again.data.copy_(value)
+    optimizer.load_state_dict(state)
+    resumed.load_state_dict(own)
+    go(again, late_again, optimizer, resumed, T - 16)
+    assert resumed.get_last_lr() == scheduler.get_last_lr()
+    assert torch.equal(flat(again), flat(model))
+    assert torch.equal(late_again, late)
+
+
 def test_a_loss_in_memory_that_is_written_again_is_read_as_it_was(quiet: Config) -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import TinyClassifier, network_saying, tiny_classifier, tiny_dataset
+from conftest import LanguageModelLoss, TinyClassifier, network_saying, tiny_classifier, tiny_dataset
+from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -367,19 +369,6 @@ def test_a_partial_last_accumulation_is_a_mean_too(route: str, tmp_path: Path, m
     assert [entry["loss"] for entry in history_of(tmp_path)] == pytest.approx(expected, rel=1e-5)
 
 
-class LanguageModelLoss(TinyClassifier):
-    """Normalises by the examples of the whole step when Trainer says how many, as language models do."""
-
-    accepts_loss_kwargs = True
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
-        output = super().forward(x, labels)
-        count = kwargs.get("num_items_in_batch")
-        if count is not None and labels is not None:
-            output["loss"] = output["loss"] * len(labels) / count
-        return output
-
-
 @routes
 def test_losses_normalised_by_the_whole_step(route: str, tmp_path: Path, moving_config: Config) -> None:
     runs = []
@@ -397,6 +386,17 @@ def test_losses_normalised_by_the_whole_step(route: str, tmp_path: Path, moving_
         make_trainer(route, args, moving_config(), model=model).train()
         runs.append([entry["loss"] for entry in history_of(Path(args.output_dir))])
     assert runs[1] == pytest.approx(runs[0], rel=1e-3)
+
+
+class TupleOutput(TinyClassifier):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        return tuple(super().forward(x, labels).values())
+
+
+def test_the_loss_of_a_tuple_is_seen(tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer("callback", arguments(tmp_path), moving_config(), model=TupleOutput())
+    trainer.train()
+    assert [entry["loss"] for entry in history_of(tmp_path)] == pytest.approx(logged(trainer, "loss"), abs=1e-4)
 
 
 @routes
@@ -540,6 +540,75 @@ def test_the_controllers_split_is_evaluated_during_training(
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Examples under noise of Python's and numpy's generators, as augmentations draw it."""
+
+    def __init__(self, size: int, seed: int = 1):
+        self.examples = tiny_dataset(size, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        return example | {"x": example["x"] + 0.1 * random.gauss(0, 1) + 0.1 * float(np.random.normal())}
+
+
+def test_evaluations_of_the_controllers_split_draw_no_random_number_of_the_training(
+    tmp_path: Path, network_folder: Callable[..., str]
+) -> None:
+    weights = []
+    for number in (4, 0):
+        config = ALRSConfig(
+            network=network_folder(network_saying(0.0)),
+            controller_evaluations=number,
+            meta_num_epochs=0,
+            feedback_interval=0,
+            max_restarts=0,
+        )
+        splits = {"controller": Noisy(70, seed=9)}
+        args = arguments(tmp_path / str(number))
+        trainer = make_trainer("trainer", args, config, train_dataset=Noisy(64), eval_dataset=splits)
+        trainer.train()
+        weights.append(weights_of(trainer.model))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_persistent_workers_keep_the_splits_apart(tmp_path: Path, moving_config: Config) -> None:
+    """Trainer keeps one loader for all datasets without a name, where its workers are persistent."""
+    args = arguments(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    sizes = []
+
+    def count(prediction: Any) -> dict[str, float]:
+        sizes.append(len(prediction.label_ids))
+        return {"accuracy": 0.5}
+
+    splits = {"controller": tiny_dataset(100, seed=9), "held_out": tiny_dataset(16, seed=10)}
+    config = moving_config(controller_evaluations=2)
+    trainer = make_trainer("trainer", args, config, eval_dataset=splits, compute_metrics=count)
+    test = tiny_dataset(40, seed=11)
+    trainer.evaluate(test)
+    trainer.train()
+    trainer.evaluate(test)
+    assert sizes == [40, 64, 40]
+
+
+class Indexless(IterableDataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(tiny_dataset(16))
+
+
+def test_a_controllers_split_without_index_is_left_to_the_scripts_evaluations(
+    tmp_path: Path, moving_config: Config
+) -> None:
+    trainer = make_trainer("trainer", arguments(tmp_path), moving_config(), eval_dataset={"controller": Indexless()})
+    trainer.train()
+    assert {f["evaluated"] for f in features_of(tmp_path)} == {0.0}
+
+
 @routes
 def test_the_reported_split_never_drives(route: str, tmp_path: Path, moving_config: Config) -> None:
     args = arguments(tmp_path, eval_strategy="steps", eval_steps=5)
@@ -648,3 +717,85 @@ def test_a_model_that_was_evaluated_first_is_prepared_anew_for_several_processes
     assert model.forward == forward
     accelerator.prepare_model(model, evaluation_mode=True)
     torch.testing.assert_close(model(**batch)["logits"], expected)
+
+
+# Several runs, other people's saves
+
+
+def test_a_second_callback_is_refused(tmp_path: Path, moving_config: Config) -> None:
+    with pytest.raises(InputError, match=r"callbacks='ALRSCallback'.*alrs_config"):
+        make_trainer("trainer", arguments(tmp_path), moving_config(), callbacks=[ALRSCallback()])
+
+
+def own_scheduler(output_dir: Path, config: ALRSConfig, *callbacks: TrainerCallback) -> Trainer:
+    model = tiny_classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = ALRSScheduler(optimizer, NUM_STEPS, config=config, model=model)
+    return Trainer(
+        model=model,
+        args=arguments(output_dir, save_strategy="steps", save_steps=8),
+        train_dataset=tiny_dataset(),
+        optimizers=(optimizer, scheduler),
+        callbacks=[ALRSCallback(config), *callbacks],
+    )
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self) -> None:
+        self.due = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.due and state.global_step == 11:
+            self.due = False
+            raise KeyboardInterrupt
+
+
+def test_an_own_scheduler_goes_on_after_an_interruption_and_ends_once(tmp_path: Path, moving_config: Config) -> None:
+    whole = own_scheduler(tmp_path / "whole", moving_config())
+    whole.train()
+    trainer = own_scheduler(tmp_path / "parts", moving_config(), Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(whole.model), weights_of(trainer.model), strict=True))
+    histories = [history_of(tmp_path / name) for name in ("whole", "parts")]
+    losses = [[entry["loss"] for entry in history] for history in histories]
+    assert losses[1] == losses[0] == pytest.approx(logged(whole, "loss"), abs=1e-4)
+    with pytest.raises(InputError, match="driven a run to its end"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_the_callback_is_resumed_by_the_trainer(tmp_path: Path, moving_config: Config) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=8)
+    make_trainer("callback", args, moving_config()).train()
+    trainer = make_trainer("trainer", args, moving_config())
+    whole = history_of(tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    rates = [[entry["learning_rate"] for entry in history] for history in (whole, history_of(tmp_path))]
+    assert rates[1] == pytest.approx(rates[0], rel=1e-3)
+
+
+class SaveAt(TrainerCallback):
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+        self.average: list[torch.Tensor] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 12:
+            self.average = [value.clone() for value in self.trainer.lr_scheduler._average._average]
+            self.trainer.save_model(str(Path(args.output_dir) / "middle"))
+
+
+def test_a_model_saved_in_the_middle_is_the_average(tmp_path: Path, moving_config: Config) -> None:
+    saver = SaveAt()
+    trainer = saver.trainer = make_trainer(
+        "trainer", arguments(tmp_path / "saved"), moving_config(), callbacks=[saver]
+    )
+    trainer.train()
+    saved = load_file(tmp_path / "saved" / "middle" / "model.safetensors")
+    names = [name for name, _ in trainer.model.named_parameters()]
+    by_name = {name: next(v for v in saver.average if torch.equal(v, saved[name])) for name in names}
+    assert len(by_name) == len(saver.average)
+    plain = make_trainer("trainer", arguments(tmp_path / "plain"), moving_config())
+    plain.train()
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(plain.model), weights_of(trainer.model), strict=True))

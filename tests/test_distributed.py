@@ -19,7 +19,7 @@ from conftest import scratch_network
 
 SCRIPT = Path(__file__).parent / "scripts" / "distributed.py"
 FSDP_SCRIPT = SCRIPT.with_name("fsdp.py")
-ROUTES = ["bare", "callback", "trainer", "evaluated first", "accumulation", "resumed"]
+ROUTES = ["bare", "callback", "trainer", "evaluated first", "loss of the whole step", "accumulation", "resumed"]
 
 
 def free_port() -> int:

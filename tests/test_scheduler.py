@@ -704,6 +704,18 @@ def test_parameters_exchanged_after_the_scheduler_was_made_are_the_ones_that_cou
     assert any("features" in entry for entry in scheduler.history)
 
 
+def test_parameters_may_move_to_their_device_after_the_scheduler_was_made(moving_config: Config) -> None:
+    """A move leaves the parameters the same objects; `meta` stands in for a device that this machine may lack."""
+    parameter = nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.SGD([parameter], lr=0.01)
+    scheduler = ALRSScheduler(optimizer, 30, config=moving_config())
+    assert scheduler._recorder.device.type == "cpu"
+    moved = nn.Parameter(torch.ones(4, 4, device="meta"))
+    torch.utils.swap_tensors(parameter, moved)
+    scheduler._find_parameters()
+    assert scheduler._recorder.device.type == scheduler._recorder._scale.device.type == "meta"
+
+
 # Mixed precision
 
 SCALED = {
@@ -902,6 +914,36 @@ def test_a_scheduler_made_after_prepare_sees_through_the_wrapper(
 
 
 @pytest.mark.reliability("state of another version, network or model: refused")
+class GrowingBuffer(TinyClassifier):
+    """Makes one buffer in its first forward pass and exchanges another one for a larger one, as caches are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("made", None)
+        self.register_buffer("grown", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        self.made, self.grown = torch.zeros(3), torch.zeros(len(x))
+        return super().forward(x, labels)
+
+
+def test_a_restart_leaves_buffers_alone_that_the_forward_pass_made(quiet: Config) -> None:
+    model = GrowingBuffer()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    config = quiet(says=-3.0, max_restarts=1, restart_window=1.0)
+    scheduler = ALRSScheduler(optimizer, T, config=config, model=model)
+    train_classifier(model, optimizer, scheduler, 2 * K + 1)
+    assert scheduler.last_decision.action == "restart"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_an_optimizer_without_a_rate_is_refused(quiet: Config) -> None:
+    optimizer = transformers.Adafactor(tiny_classifier().parameters())
+    with pytest.raises(InputError, match=r"lr=None.*Adafactor"):
+        ALRSScheduler(optimizer, T, config=quiet())
+
+
 def test_states_that_do_not_fit_are_refused(quiet: Config, network_folder: Callable[..., str]) -> None:
     def make(model: nn.Module, **changed: Any) -> ALRSScheduler:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import tiny_classifier, tiny_dataset
+from conftest import LanguageModelLoss, tiny_classifier, tiny_dataset
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSTrainer, get_scheduler
 
@@ -67,7 +67,13 @@ class InOrder:
 
 
 def train_with(
-    kind: str, network: str, folder: Path, resume: str | None = None, evaluated_first: bool = False, **changed: Any
+    kind: str,
+    network: str,
+    folder: Path,
+    resume: str | None = None,
+    evaluated_first: bool = False,
+    whole_step: bool = False,
+    **changed: Any,
 ) -> dict[str, Any]:
     """A run of `Trainer` with the callback, or of `ALRSTrainer`."""
     accumulation = changed.get("gradient_accumulation_steps", 1)
@@ -89,8 +95,10 @@ def train_with(
     cls: Any = type("InOrderTrainer", (InOrder, base), {"rates": []})
     callback = ALRSCallback(config(network))
     kwargs = {"alrs_config": config(network)} if kind == "trainer" else {"callbacks": [callback]}
+    set_seed(2)
+    model = LanguageModelLoss() if whole_step else tiny_classifier(seed=2)
     set_seed(3)
-    trainer = cls(model=tiny_classifier(seed=2), args=args, train_dataset=tiny_dataset(), **kwargs)
+    trainer = cls(model=model, args=args, train_dataset=tiny_dataset(), **kwargs)
     if evaluated_first:
         trainer.evaluate(tiny_dataset())
     trainer.train(resume_from_checkpoint=resume)
@@ -143,6 +151,7 @@ def main() -> None:
         "callback": lambda: train_with("callback", network, out / "callback"),
         "trainer": lambda: train_with("trainer", network, out / "trainer"),
         "evaluated first": lambda: train_with("trainer", network, out / "evaluated", evaluated_first=True),
+        "loss of the whole step": lambda: train_with("callback", network, out / "whole", whole_step=True),
         "accumulation": lambda: train_with("trainer", network, out / "accumulation", gradient_accumulation_steps=2),
         # checkpoints between two decisions, one that is foreseen at the step's end and one that is not
         "resumed": lambda: train_and_resume(network, out / "resumed", 8, save_strategy="steps", save_steps=8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import shlex
 import shutil
 import sys
@@ -13,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from .baselines import BASELINES, MIN_EVALUATIONS
 from .config import ALRSConfig, InputError, read_yaml
@@ -269,4 +270,38 @@ def parse(
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     options = vars(parser.parse_args(merged))
     changed = {name: value for name, value in options.items() if value != parser.get_default(name)}
-    return task, parser.parse_args_into_dataclasses(merged, look_for_args_file=False), changed
+    try:
+        parsed = parser.parse_args_into_dataclasses(merged, look_for_args_file=False)
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:  # what TrainingArguments finds
+        raise InputError("options", " ".join(rest), f"do not go together: {error}", "Correct them.") from error
+    for values in parsed:
+        if isinstance(values, TrainingArguments):
+            _check_training(values)
+    return task, parsed, changed
+
+
+def _check_training(args: TrainingArguments) -> None:
+    """What would otherwise be found after data and model have been loaded."""
+    if not (math.isfinite(args.learning_rate) and args.learning_rate > 0):
+        raise InputError("learning_rate", args.learning_rate, "must be finite and above 0.", "Give for example 1e-3.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(name, getattr(args, name), "must be at least 1.", "Use 1 or more.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(name, getattr(args, name), "must be at least 0 and below 1.", "Leave it out.")
+    if args.max_steps <= 0 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
+        raise InputError("num_train_epochs", args.num_train_epochs, "must be above 0.", "Give it, or max_steps.")
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise InputError(
+            "resume_from_checkpoint", checkpoint, "is no folder.", "Leave it out to go on from the last one."
+        )
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            "output_dir", args.output_dir, f"cannot be used as a folder ({error}).", "Give another one."
+        ) from error

@@ -259,13 +259,18 @@ class TrainedModel:
     @property
     def recipe(self) -> dict[str, Any]:
         """Options that `--config` takes to run it again."""
-        chosen = {"task_name": self.task, **{k: v for k, v in self.options.items() if not _NOT_RECIPE.fullmatch(k)}}
-        return {key: _shown_path(value) for key, value in chosen.items() if value is not None}
+        return recipe_of(self.task, self.options)
 
     def metrics(self, which: str) -> dict[str, float]:
         """`"eval"` or `"benchmark"` results of the run, empty where it was not evaluated."""
         path = self.folder / f"{which}_results.json"
         return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def recipe_of(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run that say what it is, with its task."""
+    chosen = {"task_name": task, **{k: v for k, v in options.items() if not _NOT_RECIPE.fullmatch(k)}}
+    return {key: _shown_path(value) for key, value in chosen.items() if value is not None}
 
 
 def _is_local(name: str) -> bool:

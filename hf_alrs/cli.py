@@ -47,6 +47,11 @@ def _guard(command: Callable[[Sequence[str]], object], arguments: Sequence[str])
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\ninterrupted: the same command goes on from what is stored.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _command_train(arguments: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import yaml
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from . import cards, hub
-from .arguments import ALRSArguments, RunArguments, parse, task_recipe
+from .arguments import ALRSArguments, RunArguments, parse, read_recipe, task_recipe
 from .callback import HISTORY_NAME
 from .config import ALRSConfig, InputError
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
@@ -29,6 +33,11 @@ from .matrix import environment, split_sizes
 
 
 logger = logging.getLogger(__name__)
+
+# Options that say how a run is watched, kept and scored, not how it trains
+_WATCHING = re.compile(
+    r"(eval_.*|save_.*|logging_.*|dataloader_(num|pin|pers|pre).*|per_device_eval_.*|max_eval_samples)"
+)
 
 
 def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> dict[str, float]:
@@ -51,6 +60,8 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     # TrainingArguments turns do_eval on by itself where eval_strategy is set: ask what was given.
     if not any(changed.get(name) for name in ("do_train", "do_eval", "do_predict")):
         args.do_train = args.do_eval = True
+    if args.do_train:
+        _keep_recipe(Path(args.output_dir), cards.recipe_of(task.name, options), args)
     with args.main_process_first(desc="dataset"):
         prepared = task.prepare(data)
     if prepared.reference is not None and data.fold is None:
@@ -67,6 +78,34 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
             _push_model(repo_id, Path(args.output_dir), token)
 
     return _train_prepared(task, prepared, alrs.scheduler, args, config, on_end)
+
+
+def _keep_recipe(folder: Path, recipe: dict[str, Any], args: TrainingArguments) -> None:
+    """
+    Writes down which run the folder is of.
+
+    Raises:
+        `InputError`: If its checkpoints are of another one, whose results would be reported as this one's.
+    """
+    path = folder / cards.RECIPE_FILE
+    recipe = yaml.safe_load(yaml.safe_dump(recipe))
+    checkpoints = [get_last_checkpoint(str(f)) for f in (folder, *folder.glob("fold-*")) if f.is_dir()]
+    if path.is_file() and any(checkpoints) and args.resume_from_checkpoint is None:
+        earlier = read_recipe(path)
+        for name in (name for name in {**recipe, **earlier} if not _WATCHING.fullmatch(name)):
+            old, new = (options.get(name, "its default") for options in (earlier, recipe))
+            if old != new:
+                raise InputError(
+                    name,
+                    new,
+                    f"{folder} holds the checkpoints of a run with {old!r}.",
+                    "Give another --output_dir, or the same options to go on with that run.",
+                )
+    if args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        temporary.replace(path)
 
 
 def take_token(args: TrainingArguments, changed: dict[str, Any]) -> str | None:
@@ -201,10 +240,21 @@ def _train_prepared(
         if checkpoint is not None:
             logger.warning("Resuming from %s; give another --output_dir to start afresh.", checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.state.global_step == 0:
+            raise InputError(
+                "per_device_train_batch_size",
+                args.per_device_train_batch_size,
+                f"no batch of it comes out of the {split_sizes(prepared)['train']:,} training examples, so that nothing "
+                "was trained.",
+                "Lower it, or leave out dataloader_drop_last.",
+            )
         trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
+        if checkpoint is not None and trainer.state.global_step == _steps_of(checkpoint):
+            logger.warning("The run in %s was at its end already: nothing was trained.", args.output_dir)
+        else:
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", result.metrics)
+            trainer.save_state()
     if args.do_eval:
         metrics = _evaluate(trainer, prepared)
         metrics.setdefault("epoch", trainer.state.epoch or 0.0)
@@ -261,6 +311,10 @@ def print_dictionary(title: str, metrics: Mapping[str, float]) -> None:
 
 def _last_checkpoint(output_dir: str) -> str | None:
     return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+
+
+def _steps_of(checkpoint: str) -> int:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
 def _predict(trainer: Trainer, prepared: PreparedTask) -> None:

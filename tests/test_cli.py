@@ -1,13 +1,16 @@
 """The command line: recipes, precedence, the built-in sample, input errors with exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import TrainingArguments
 
+from hf_alrs import cli
 from hf_alrs.arguments import (
     ALRSArguments,
     CompareArguments,
@@ -18,6 +21,7 @@ from hf_alrs.arguments import (
     read_recipe,
     task_recipe,
 )
+from hf_alrs.cli import train_or_compare
 from hf_alrs.config import InputError
 from hf_alrs.experiment import DataArguments
 from hf_alrs.run import train
@@ -162,9 +166,62 @@ def test_vision_script_end_to_end(tmp_path: Path) -> None:
     assert {line["phase"] for line in history} == {"gather", "fit", "drive"}
     assert any(line.get("features") for line in history)
     assert (tmp_path / "all_results.json").exists() and (tmp_path / "model.safetensors").exists()
+    trained = (tmp_path / "train_results.json").read_text()
     again = run("run_vision_alrs.py", *arguments, str(tmp_path))
-    assert again.returncode == 0 and "Resuming" in again.stderr
+    assert again.returncode == 0 and "Resuming" in again.stderr and "nothing was trained" in again.stderr
+    assert (tmp_path / "train_results.json").read_text() == trained
+    other = run("run_vision_alrs.py", *arguments, str(tmp_path), "--learning_rate", "0.01")
+    assert other.returncode == 2
+    assert re.match(r"error: learning_rate=0.01: .* holds the checkpoints of a run with .*--output_dir", other.stderr)
+    report = run("-m", "hf_alrs.cli", "report", str(tmp_path))
+    assert report.returncode == 2 and "folder of a single run" in report.stderr
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == metrics["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning_rate=-0.001"], "learning_rate=-0.001"),
+        (["--learning_rate", "nan"], "learning_rate=nan"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
+        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
+        (["--adam_beta1", "2"], "adam_beta1=2.0"),
+        (["--num_train_epochs", "-1"], "num_train_epochs=-1.0"),
+        (["--resume_from_checkpoint", "/nope"], "resume_from_checkpoint='/nope'"),
+        (["--output_dir", __file__], "output_dir='"),
+        (["--load_best_model_at_end", "True", "--eval_strategy", "no"], "do not go together"),
+        (
+            ["--per_device_train_batch_size", "5000", "--dataloader_drop_last", "True", "--max_steps", "3"],
+            "nothing was trained",
+        ),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_training_arguments_that_cannot_work_are_refused(
+    options: list[str], message: str, several: bool, tmp_path: Path
+) -> None:
+    if several and message == "nothing was trained":
+        pytest.skip("a comparison records it as a failed run")
+    arguments = ["--dataset_name", "sample", "--output_dir", str(tmp_path), *options]
+    arguments += ["--schedulers", "linear", "--seeds", "0"] if several else []
+    with pytest.raises(InputError) as refused:
+        train_or_compare(arguments, {"cifar10": TASKS["cifar10"]}, "cifar10")
+    assert message in str(refused.value)
+
+
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", (interrupted, ""))
+    monkeypatch.setattr(sys, "argv", ["hf-alrs", "train"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "interrupted: the same command goes on from what is stored."
+    ]
 
 
 def test_a_table_without_an_eval_split_runs_over_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -208,15 +208,23 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
     Raises:
         [`InputError`]: A folder or file that cannot be used, by name.
     """
+    directories = list(map(Path, directories))
     found: dict[tuple, Run] = {}
     contents: set[str] = set()
-    for origin, directory in enumerate(map(Path, directories)):
+    for origin, directory in enumerate(directories):
         if not directory.is_dir():
             raise InputError(
                 "results_dir",
                 str(directory),
                 "is no folder.",
                 "Give the folder that a comparison wrote its results to.",
+            )
+        if (directory / "all_results.json").is_file():
+            raise InputError(
+                "results_dir",
+                str(directory),
+                "is the folder of a single run; a report is built of the results of a comparison.",
+                "Give the folder of a comparison, which --schedulers, --learning_rates or --seeds make of the run.",
             )
         for path in sorted(directory.glob("*.json")):
             if path.name == REPORT_FILE:
@@ -237,7 +245,10 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
             found[key] = run
     if not found:
         raise InputError(
-            "results_dir", "no result file", "a report needs at least one stored run.", "Run a comparison first."
+            "results_dir",
+            [str(directory) for directory in directories],
+            "holds no result file; a report needs at least one stored run.",
+            "Run a comparison first.",
         )
     return sorted(
         found.values(),

@@ -190,7 +190,13 @@ def find_task(name: str, tasks: Mapping[str, Task]) -> Task:
             raise InputError(
                 "task", name, f"could not be imported ({error}).", "Give package.module:TASK of an installed package."
             ) from error
-    raise InputError("task_name", name, f"must be one of {', '.join(sorted(tasks))}.", "Check the spelling.")
+    elsewhere = name in installed_tasks()
+    raise InputError(
+        "task_name",
+        name,
+        f"must be one of {', '.join(sorted(tasks))}.",
+        "It is a task of another script; `hf-alrs train` has them all." if elsewhere else "Check the spelling.",
+    )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -250,7 +256,8 @@ def parse(
     recipe = read_recipe(Path(known.config)) if known.config else {}
     if not any(given.values()) and not recipe:
         given["dataset_name"] = SAMPLE
-        print(f"No task and no dataset given: running {default_task} on the built-in offline sample.")
+        if not {"-h", "--help"} & set(arguments):
+            print(f"No task and no dataset given: running {default_task} on the built-in offline sample.")
     chosen = {key: value or recipe.get(key) for key, value in given.items()}
     task = find_task(chosen["task_name"] or default_task, tasks)
     chosen["task_name"] = task.name

@@ -72,6 +72,8 @@ class ALRSCallback(TrainerCallback):
     """
 
     def __init__(self, config: ALRSConfig | None = None, write_history: bool = True):
+        if not isinstance(config, (ALRSConfig, type(None))):
+            raise InputError("config", config, "must be an ALRSConfig.", "Write ALRSCallback(ALRSConfig(...)).")
         self.config = config or ALRSConfig()
         self.write_history = write_history
         self.scheduler: ALRSScheduler | None = None

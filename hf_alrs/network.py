@@ -268,7 +268,7 @@ def load_network(name: str, hidden_sizes: Sequence[int], seed: int) -> MetaLRNet
             )
         return _from_pretrained(str(folder))
     remedy = "Give 'default', 'scratch', a folder with config.json and model.safetensors, or a Hub id: user/name."
-    if not Path(name).is_dir() and name.count("/") != 1:
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
         raise InputError("network", name, "is no folder here and no name on the Hub.", remedy)
     try:
         return _from_pretrained(name)

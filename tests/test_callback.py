@@ -722,6 +722,11 @@ def test_a_model_that_was_evaluated_first_is_prepared_anew_for_several_processes
 # Several runs, other people's saves
 
 
+def test_a_configuration_of_another_type_is_refused() -> None:
+    with pytest.raises(InputError, match="must be an ALRSConfig"):
+        ALRSCallback({"average_weights": False})
+
+
 def test_a_second_callback_is_refused(tmp_path: Path, moving_config: Config) -> None:
     with pytest.raises(InputError, match=r"callbacks='ALRSCallback'.*alrs_config"):
         make_trainer("trainer", arguments(tmp_path), moving_config(), callbacks=[ALRSCallback()])

@@ -139,6 +139,20 @@ def test_task_given_by_module() -> None:
     assert find_task("tasks:TASKS", {})["sst2"].name == "sst2"
 
 
+def test_a_task_of_another_script_is_named() -> None:
+    text = {"sst2": TASKS["sst2"]}
+    with pytest.raises(InputError, match=r"cifar10.*must be one of sst2.*hf-alrs train"):
+        find_task("cifar10", text)
+    with pytest.raises(InputError, match="spelling"):
+        find_task("cifar", text)
+
+
+def test_help_announces_no_run(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], TYPES, TASKS, "sst2")
+    assert "running" not in capsys.readouterr().out.split("usage:")[0]
+
+
 def test_installed_tasks_come_from_entry_points() -> None:
     assert set(TASKS) <= set(installed_tasks())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -306,9 +307,8 @@ def _check_training(args: TrainingArguments) -> None:
         raise InputError(
             "resume_from_checkpoint", checkpoint, "is no folder.", "Leave it out to go on from the last one."
         )
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            "output_dir", args.output_dir, f"cannot be used as a folder ({error}).", "Give another one."
-        ) from error
+    folder = Path(args.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = "no folder" if not existing.is_dir() else "not writable"
+        raise InputError("output_dir", args.output_dir, f"{existing} is {what}.", "Give another one.")

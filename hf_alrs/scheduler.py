@@ -511,7 +511,8 @@ class ALRSScheduler(LRScheduler):
             `InputError`: If the state is not this scheduler's, or of another version, network shape or set of
                 parameters.
         """
-        state_dict = state_dict.get(STATE_KEY, state_dict)  # of a checkpoint that was made with the callback
+        if isinstance(state_dict.get(STATE_KEY), dict):  # of a checkpoint that was made with the callback
+            state_dict = state_dict[STATE_KEY]
         if "alrs_state_version" not in state_dict:
             raise InputError(
                 "checkpoint",
@@ -554,14 +555,14 @@ class ALRSScheduler(LRScheduler):
         self._driven = all_driven[: state_dict["num_measured_groups"]]  # signals leave out what thawed later
         self._find_parameters()
         if self._average is not None and len(self._driven) < len(all_driven):
-            thawed = [
+            trained = [
                 p
                 for group, driven in zip(self._inner.param_groups, all_driven, strict=True)
                 if driven
                 for p in group["params"]
                 if p.requires_grad
             ]
-            self._average = WeightAverage(thawed, self.model, self.controller.num_training_steps)
+            self._average = WeightAverage(trained, self.model, self.controller.num_training_steps)
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
             raise InputError(
@@ -606,7 +607,9 @@ def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:
     """Numbers and tensors of one element as one float64 vector."""
     if all(isinstance(x, torch.Tensor) and x.dim() == 0 and x.device == device for x in numbers):
         return torch.stack(numbers).double()
-    return torch.cat([torch.as_tensor(x).to(device).double().reshape(1) for x in numbers])
+    # Moved first: Apple's MPS has no double precision
+    tensors = [x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64) for x in numbers]
+    return torch.cat([x.to(device).double().reshape(1) for x in tensors])
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -311,6 +311,18 @@ def test_losses_may_be_plain_numbers(moving_config: Config) -> None:
     assert histories[0] == histories[1]
 
 
+def test_plain_numbers_keep_double_precision(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    loss_of(model, X).backward()
+    scheduler.observe(loss=0.1, grad_norm=0.3)
+    optimizer.step()
+    scheduler.step()
+    scheduler.flush()
+    assert (scheduler.history[0]["loss"], scheduler.history[0]["grad_norm"]) == (0.1, 0.3)
+
+
 def test_evaluations_become_features(quiet: Config) -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

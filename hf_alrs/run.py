@@ -89,8 +89,8 @@ def _keep_recipe(folder: Path, recipe: dict[str, Any], args: TrainingArguments) 
     """
     path = folder / cards.RECIPE_FILE
     recipe = yaml.safe_load(yaml.safe_dump(recipe))
-    checkpoints = [get_last_checkpoint(str(f)) for f in (folder, *folder.glob("fold-*")) if f.is_dir()]
-    if path.is_file() and any(checkpoints) and args.resume_from_checkpoint is None:
+    begun = any(_last_checkpoint(str(f)) for f in (folder, *folder.glob("fold-*")))
+    if path.is_file() and begun and args.resume_from_checkpoint is None:
         earlier = read_recipe(path)
         for name in (name for name in {**recipe, **earlier} if not _WATCHING.fullmatch(name)):
             old, new = (options.get(name, "its default") for options in (earlier, recipe))

@@ -307,15 +307,18 @@ class ALRSScheduler(LRScheduler):
                 "Make a new optimizer and scheduler, or let Trainer make them.",
             )
 
-    def _find_parameters(self) -> None:
-        """Looks up the parameters, which FSDP2 exchanges, and a device moves, after the optimizer was made."""
-        found = [
+    def _trained_parameters(self) -> list[torch.Tensor]:
+        return [
             p
             for group, driven in zip(self._inner.param_groups, self._driven, strict=False)
             if driven
             for p in group["params"]
             if p.requires_grad
         ]
+
+    def _find_parameters(self) -> None:
+        """Looks up the parameters, which FSDP2 exchanges, and a device moves, after the optimizer was made."""
+        found = self._trained_parameters()
         same = len(found) == len(self._parameters) and all(map(operator.is_, found, self._parameters))
         moved = bool(found) and same and measuring_device(self._recorder.parameters[0]) != self._recorder.device
         if not same or moved:
@@ -549,20 +552,14 @@ class ALRSScheduler(LRScheduler):
             ) from error
 
     def _take(self, state_dict: dict[str, Any]) -> None:
-        all_driven = self._driven
-        if not 1 <= state_dict["num_measured_groups"] <= len(all_driven):
+        num_measured = state_dict["num_measured_groups"]
+        if not 1 <= num_measured <= len(self._driven):
             raise ValueError("a number of groups that cannot be")
-        self._driven = all_driven[: state_dict["num_measured_groups"]]  # signals leave out what thawed later
+        averaged = self._trained_parameters()
+        self._driven = self._driven[:num_measured]  # signals leave out what thawed later, the average does not
         self._find_parameters()
-        if self._average is not None and len(self._driven) < len(all_driven):
-            trained = [
-                p
-                for group, driven in zip(self._inner.param_groups, all_driven, strict=True)
-                if driven
-                for p in group["params"]
-                if p.requires_grad
-            ]
-            self._average = WeightAverage(trained, self.model, self.controller.num_training_steps)
+        if self._average is not None and len(averaged) > len(self._parameters):
+            self._average = WeightAverage(averaged, self.model, self.controller.num_training_steps)
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
             raise InputError(

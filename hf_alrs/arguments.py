@@ -6,6 +6,7 @@ import argparse
 import importlib
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -24,6 +25,8 @@ from .experiment import Task, find_baseline
 
 ENTRY_POINT_GROUP = "hf_alrs.tasks"
 SAMPLE = "sample"
+# They say of themselves that they can be written, and hold no files.
+_NO_FILES = (("/", "proc"), ("/", "sys"))
 
 
 @dataclass
@@ -59,7 +62,10 @@ class ALRSArguments:
     )
     average_weights: bool = field(
         default=True,
-        metadata={"help": "Average the weights along the run; the averaged ones are evaluated, saved and kept."},
+        metadata={
+            "help": "Whether weights are averaged along the run, and the averaged ones evaluated, saved and kept; "
+            "--no_average_weights turns it off."
+        },
     )
     final_lr_ratio: float | None = field(
         default=None,
@@ -237,6 +243,24 @@ def task_recipe(task: Task, dataset_name: str | None, model_type: str | None) ->
     return {}
 
 
+class _Parser(HfArgumentParser):
+    """Errors in one sentence, as everywhere else, instead of behind a usage of two hundred options."""
+
+    def __init__(self, dataclass_types: Sequence[type], recipe: Mapping[str, Any], path: str | None):
+        script = Path(sys.argv[0]).name
+        prog = f"{script} {sys.argv[1]}" if script == "hf-alrs" and len(sys.argv) > 1 else None
+        super().__init__(dataclass_types, allow_abbrev=False, prog=prog)
+        self._recipe, self._path = recipe, path
+
+    def error(self, message: str) -> NoReturn:
+        named = re.findall(r"--([\w-]+)", message)
+        from_file = [name for name in named if name.replace("-", "_") in self._recipe]
+        where = f" It is given in {self._path}." if from_file else ""
+        raise InputError(
+            "options", " ".join(named), f"{message}.{where}", "Correct it; `--help` lists the options."
+        ) from None
+
+
 def parse(
     arguments: Sequence[str], dataclass_types: Sequence[type], tasks: Mapping[str, Task], default_task: str
 ) -> tuple[Task, tuple[Any, ...], dict[str, Any]]:
@@ -275,7 +299,7 @@ def parse(
         merged += ["--report_to", "none"]
     if not sys.stderr.isatty() and not any(argument.startswith("--disable_tqdm") for argument in merged):
         merged += ["--disable_tqdm", "True"]
-    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
+    parser = _Parser(dataclass_types, recipe, known.config)
     options = vars(parser.parse_args(merged))
     changed = {name: value for name, value in options.items() if value != parser.get_default(name)}
     try:
@@ -309,6 +333,6 @@ def _check_training(args: TrainingArguments) -> None:
         )
     folder = Path(args.output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK) or existing.parts[:2] in _NO_FILES:
         what = "no folder" if not existing.is_dir() else "not writable"
         raise InputError("output_dir", args.output_dir, f"{existing} is {what}.", "Give another one.")

@@ -388,11 +388,13 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
         ours = json.loads(json.dumps(strict_json(ours), default=str))
         for key in ours:
             if key in theirs and not same_setting(ours[key], theirs[key]):  # another version may know others
+                failed = ", which failed," if record["status"] == "failed" else ""
+                remedy = "Give another --output_dir, or the options of the stored runs."
                 raise InputError(
                     key,
                     ours[key],
-                    f"{output_dir} holds runs of the same task with {theirs[key]!r}, and one report would mix them.",
-                    "Give another --output_dir, or the options of the stored runs.",
+                    f"{path}{failed} is a run of the same task with {theirs[key]!r}, and one report would mix them.",
+                    remedy if not failed else f"{remedy[:-1]}, or delete the file.",
                 )
 
 

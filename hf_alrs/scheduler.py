@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import operator
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 STATE_VERSION = 4
 # Where our state travels inside that of the scheduler that Trainer owns and checkpoints, with the callback
 STATE_KEY = "alrs_state"
-_OWN_NAMES = ("alrs", "step", "exponential", "one_cycle")
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
@@ -662,6 +662,9 @@ def _is_first_process() -> bool:
     )
 
 
+_OWN = {"alrs": ALRSScheduler, "step": StepLR, "exponential": ExponentialLR, "one_cycle": OneCycleLR}
+
+
 def get_scheduler(
     name: str | SchedulerType,
     optimizer: Optimizer,
@@ -688,8 +691,13 @@ def get_scheduler(
     """
     kwargs = dict(scheduler_specific_kwargs or {})
     name = name.value if isinstance(name, SchedulerType) else name
-    if name in _OWN_NAMES and num_training_steps is None:
+    if name in _OWN and num_training_steps is None:
         raise InputError("num_training_steps", None, f"is needed by the {name!r} scheduler.", "Pass it.")
+    if name in _OWN:
+        known = list(inspect.signature(_OWN[name]).parameters)[1:]
+        for key in kwargs.keys() - set(known):
+            rule = f"is no argument of the {name!r} scheduler, which takes {', '.join(known)}."
+            raise InputError("scheduler_specific_kwargs", {key: kwargs[key]}, rule, "Check the spelling.")
     if name == "alrs":
         return ALRSScheduler(optimizer, num_training_steps, num_warmup_steps or 0, **kwargs)
     if name == "step":
@@ -699,7 +707,7 @@ def get_scheduler(
     if name == "one_cycle":
         rates = [group["lr"] for group in optimizer.param_groups]
         return OneCycleLR(optimizer, **({"max_lr": rates, "total_steps": num_training_steps} | kwargs))
-    known = [*_OWN_NAMES, *(member.value for member in SchedulerType)]
+    known = [*_OWN, *(member.value for member in SchedulerType)]
     if name not in known:
         raise InputError("scheduler", name, f"must be one of {', '.join(known)}.", "Check the spelling.")
     return transformers.get_scheduler(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image as PILImage
 from torchvision.transforms import v2
 from transformers import (
@@ -342,7 +343,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
 def digits_sample() -> Source:
     """Returns scikit-learn's bundled digits, 1,797 grey images of 8x8 pixels: real data, no network needed."""
-    from datasets import ClassLabel, Dataset, Features, Image
+    from datasets import ClassLabel, Features, Image
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -386,6 +387,7 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
 
     is_sample = arguments.dataset_name == SAMPLE
     source = load_source(arguments, HUB_ID, sample=digits_sample)
+    column = _image_column(arguments, source.splits.get("train", next(iter(source.splits.values()))))
     splits = split_examples(
         arguments,
         source,
@@ -393,7 +395,6 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
         eval_names=("test", "validation", "valid", "val", "dev"),
         label_names=LABEL_NAMES,
     )
-    column = _image_column(arguments, splits.train)
     num_channels = 1 if is_sample and processor is None else 3
     size = _decoded_size(splits.train, column, processor)
 
@@ -434,12 +435,12 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
     )
 
 
-def _image_column(arguments: DataArguments, part: Part) -> str:
+def _image_column(arguments: DataArguments, rows: Dataset) -> str:
     from datasets import Image
 
     # A column that is typed as images wins over one that is merely called so.
-    typed = [name for name, feature in part.rows.features.items() if isinstance(feature, Image)]
-    return find_column(part.rows.column_names, arguments.image_column, [*typed, *IMAGE_COLUMNS], "image_column")
+    typed = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    return find_column(rows.column_names, arguments.image_column, [*typed, *IMAGE_COLUMNS], "image_column")
 
 
 def _decoded_size(part: Part, column: str, processor: Any) -> tuple[int, int]:

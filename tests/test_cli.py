@@ -153,6 +153,29 @@ def test_help_announces_no_run(capsys: pytest.CaptureFixture) -> None:
     assert "running" not in capsys.readouterr().out.split("usage:")[0]
 
 
+def test_an_option_that_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("num_train_epochs: three\n")
+    with pytest.raises(InputError, match=r"num_train_epochs.*three.*recipe\.yaml.*--help") as caught:
+        parse(["--task_name", "sst2", "--dataset_name", "sample", "--config", str(recipe)], TYPES, TASKS, "sst2")
+    assert "usage" not in str(caught.value)
+    with pytest.raises(InputError, match=r"options='modle': unrecognized arguments: --modle x\. Correct"):
+        parse(["--task_name", "sst2", "--dataset_name", "sample", "--modle", "x"], TYPES, TASKS, "sst2")
+
+
+def test_help_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/hf-alrs", "train", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().out.startswith("usage: hf-alrs train ")
+
+
+def test_output_where_no_files_can_be(tmp_path: Path) -> None:
+    command = ["--task_name", "sst2", "--dataset_name", "sample", "--output_dir", "/proc/runs"]
+    with pytest.raises(InputError, match=r"output_dir.*/proc is not writable"):
+        parse(command, TYPES, TASKS, "sst2")
+
+
 def test_installed_tasks_come_from_entry_points() -> None:
     assert set(TASKS) <= set(installed_tasks())
 

@@ -114,6 +114,10 @@ def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp
             refuse_other_settings(other, "sample", tmp_path)
         assert error.value.field == field
         refuse_other_settings(other, "another task", tmp_path)
+    for path in tmp_path.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "failed"}))
+    with pytest.raises(InputError, match=r"--seed0\.json, which failed, is a run .* or delete the file\.$"):
+        refuse_other_settings(changed["weight_decay"], "sample", tmp_path)
 
 
 def test_a_failed_run_is_recorded_and_the_matrix_goes_on(

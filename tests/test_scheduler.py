@@ -123,6 +123,13 @@ def test_own_names_are_torch_schedulers() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["alrs", "step", "one_cycle"])
+def test_arguments_that_a_scheduler_does_not_take(name: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(InputError, match=rf"scheduler_specific_kwargs=.*modle.*'{name}' scheduler, which takes"):
+        get_scheduler(name, optimizer, 0, 10, {"modle": 3})
+
+
 def test_step_and_exponential_decay_over_the_run() -> None:
     optimizer = sgd()
     got = rates_of(get_scheduler("step", optimizer, num_training_steps=21), optimizer, 21)

@@ -220,6 +220,9 @@ def test_missing_columns(tmp_path):
     unlabelled = write_csv(tmp_path / "unlabelled", {"text": ["a"] * 20})
     assert refused(task_name="imdb", dataset_name=unlabelled).field == "label_column"
     assert refused(task_name="cifar10", dataset_name=folder).field == "image_column"
+    few = write_csv(tmp_path / "few", texts(3), texts(3))  # not for being too few
+    error = refused(task_name="cifar10", dataset_name=few, image_column="picture")
+    assert (error.field, error.value) == ("image_column", "picture")
     model = save_encoder(tmp_path / "model")
     error = refused(task_name="rte", dataset_name=folder, model_name_or_path=model)
     assert error.field == "text_pair_column"

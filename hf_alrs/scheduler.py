@@ -196,6 +196,12 @@ class ALRSScheduler(LRScheduler):
         self._loss, self._micro_batches, self._grad_norm = None, 0, None
         if self._signals is not None:
             signals, self._signals = self._signals, None
+            if all(loss is None for _, _, loss, _ in self._pending):
+                self._warn(
+                    "loss",
+                    f"Step {step + 1}: no loss has been observed, and the network decides without it; call "
+                    "`scheduler.observe(loss=loss)` after each forward pass.",
+                )
             self._decide(step, self.flush(signals))
         if self._initial is not None and self.controller.restart_window_over(self._steps):
             self._initial = None
@@ -414,9 +420,13 @@ class ALRSScheduler(LRScheduler):
                 "learning rate decays linearly and the network is not asked any more."
             )
         for kind, message in messages.items():
-            if kind not in self._told and _is_first_process():
-                logger.warning(message)
-            self._told.add(kind)
+            self._warn(kind, message)
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Once for each kind."""
+        if kind not in self._told and _is_first_process():
+            logger.warning(message)
+        self._told.add(kind)
 
     def _keep(self, device: torch.device | None) -> dict[str, Any]:
         """Copies of weights, buffers, optimizer state and signals; on their own devices if `device` is `None`."""

@@ -287,7 +287,9 @@ def test_skipped_steps_do_not_count(quiet: Config) -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - 5 / T))
 
 
-def test_it_works_without_any_loss(moving_config: Config) -> None:
+def test_it_works_without_any_loss_and_says_so_once(moving_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_alrs.scheduler.logger.warning", warnings.append)
     model = Line()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     scheduler = ALRSScheduler(optimizer, T, config=moving_config())
@@ -299,6 +301,8 @@ def test_it_works_without_any_loss(moving_config: Config) -> None:
     scheduler.flush()
     assert {entry["loss"] for entry in scheduler.history} == {None}
     assert all(math.isfinite(entry["learning_rate"]) for entry in scheduler.history)
+    (warning,) = warnings
+    assert "no loss has been observed" in warning and "scheduler.observe(loss=loss)" in warning
 
 
 def test_losses_may_be_plain_numbers(moving_config: Config) -> None:

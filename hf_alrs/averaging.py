@@ -8,6 +8,7 @@ on; the averaged ones are evaluated, saved, and left in the model at the end.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,13 @@ from .signals import is_sharded
 
 
 GAMMA = 16
-# Updates in a run: a dozen within the last 1 / (GAMMA + 1), and little work next to the optimizer's
+# Most updates in a run: a dozen within the last 1 / (GAMMA + 1), and little work next to the optimizer's
 _UPDATES = 256
 
 
 def update_interval(num_training_steps: int) -> int:
     """Optimizer steps between updates of the average."""
-    return max(1, num_training_steps // _UPDATES)
+    return max(1, math.ceil(num_training_steps / _UPDATES))
 
 
 def update_share(num_updates: int | np.ndarray) -> float | np.ndarray:

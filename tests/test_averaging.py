@@ -98,7 +98,8 @@ def test_the_shares_make_weights_count_as_a_power_of_their_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_training_steps", "interval"), [(1, 1), (255, 1), (256, 1), (511, 1), (512, 2), (2560, 10), (100_000, 390)]
+    ("num_training_steps", "interval"),
+    [(1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3), (2560, 10), (100_000, 391)],
 )
 def test_updates_come_at_intervals(num_training_steps: int, interval: int) -> None:
     assert update_interval(num_training_steps) == interval

@@ -134,11 +134,25 @@ def test_distillation_gives_the_mean_of_the_teachers() -> None:
     assert said.mean() == pytest.approx(2.0, abs=0.1)
 
 
+def test_earlier_networks_teach_with_their_share() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(500, len(FEATURE_NAMES))
+    features[:250, 0], features[250:, 0] = 3, -3  # so that the network can tell the halves apart
+    states = States(features.half(), torch.zeros(500), torch.zeros(500, 16), torch.zeros(500), torch.ones(500))
+    shares = torch.cat([torch.zeros(250), torch.full((250,), 0.75)])
+    network = MetaLRNetwork((8,))
+    distill(network, [network_saying(1.0)], states, 800, 128, 1e-2, 0, network_saying(3.0), shares)
+    with torch.no_grad():
+        said = network.correction(states.features.float())
+    assert said[:250].mean() == pytest.approx(1.0, abs=0.1)
+    assert said[250:].mean() == pytest.approx(1.0 * 0.25 + 3.0 * 0.75, abs=0.1)
+
+
 def test_long_groups_have_seeds_of_their_own() -> None:
     config = MetaTrainingConfig(output_dir="x", num_groups=3, num_held_out_groups=2, num_long_groups=2,
                                 num_held_out_long_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_seeds) == [5, 6]
-    assert list(config.held_out_long_seeds) == [100_005]
+    assert list(config.held_out_seeds[""]) == [5, 6]
+    assert list(config.held_out_seeds["long"]) == [100_005]
     assert config.train_seeds == [7, 8, 9, 100_006, 100_007]
     assert config.size_of(7) == (4, 4.0)
     assert config.size_of(100_006) == (2, 16.0)
@@ -150,7 +164,7 @@ def test_long_groups_have_seeds_of_their_own() -> None:
 def test_extended_groups_reach_many_epochs() -> None:
     config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_extended_groups=2,
                                 num_held_out_extended_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_extended_seeds) == [200_005]
+    assert list(config.held_out_seeds["extended"]) == [200_005]
     assert config.train_seeds == [6, 200_006, 200_007]
     assert config.size_of(200_006) == (2, 24.0)
     specs = [sample_spec(seed, 24.0) for seed in range(200_000, 200_060)]
@@ -158,6 +172,20 @@ def test_extended_groups_reach_many_epochs() -> None:
     epochs = [s.num_training_steps * s.batch_size / s.num_examples for s in specs if not s.pretrained]
     assert sum(e > 40 for e in epochs) >= 8
     assert "attention" not in {spec.kind for spec in specs}
+
+
+def test_short_groups_have_a_few_dozen_steps() -> None:
+    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_short_groups=2,
+                                num_held_out_short_groups=1, seed=5)  # fmt: skip
+    assert list(config.held_out_seeds["short"]) == [300_005]
+    assert config.train_seeds == [6, 300_006, 300_007]
+    assert config.size_of(300_006) == (2, 3.0)
+    specs = [sample_spec(seed, 3.0) for seed in range(300_000, 300_100)]
+    assert 20 <= min(spec.num_training_steps for spec in specs) <= 30
+    assert max(spec.num_training_steps for spec in specs) <= 160
+    assert any(spec.batch_norm and spec.optimizer == "sgd" and spec.kind == "conv" for spec in specs)
+    assert any(spec.pretrained and spec.kind == "attention" for spec in specs)
+    assert not any(spec.data == "sequence" and not spec.pretrained for spec in specs)
 
 
 def test_the_groups_of_the_first_version_stay_as_they_were() -> None:
@@ -247,6 +275,21 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
     path.write_text("output_dir: x\nensemble: [{seed: 1}]\n")
     with pytest.raises(InputError, match="num_iterations"):
         read_config(path)
+    member = "output_dir: x\nensemble: [{hidden_sizes: [8], seed: 1, num_iterations: 2, feature_noise: {epoch: 1}}]\n"
+    path.write_text(member)
+    with pytest.raises(InputError, match=r"feature_noise=\{'epoch': 1\}.*epochs"):
+        read_config(path)
+    path.write_text(member.replace("feature_noise: {epoch: 1}", "feature_dropout: 2"))
+    with pytest.raises(InputError, match="feature_dropout=2"):
+        read_config(path)
+    for line, match in (
+        ("earlier_networks: [nowhere]", "earlier_networks='nowhere'"),
+        ("earlier_shares: {short: 2}", r"earlier_shares=\{'short': 2\}.*from 0 to 1"),
+        ("earlier_shares: {brief: 0.5}", "standard, long, extended, short"),
+    ):
+        path.write_text(f"output_dir: x\n{line}\n")
+        with pytest.raises(InputError, match=match):
+            read_config(path)
     path.write_text("output_dir: x\nstates_from: [nowhere]\n")
     with pytest.raises(InputError, match="nowhere"):
         read_config(path)
@@ -277,14 +320,16 @@ def test_a_small_meta_training_ends_and_resumes(tmp_path: Path) -> None:
     assert math.isfinite(report["64-32"]["mean_regret"])
     with_ensemble = replace(
         config,
-        ensemble=[{"hidden_sizes": [16], "seed": 1, "num_iterations": 50}],
+        ensemble=[{"hidden_sizes": [16], "seed": 1, "num_iterations": 50, "feature_noise": {"epochs": 0.5}}],
         num_distillation_iterations=50,
         num_long_groups=1,
         num_held_out_long_groups=1,
         max_long_cost=4.0,
+        num_short_groups=1,
+        num_held_out_short_groups=1,
     )
     table = meta_train(replace(with_ensemble, output_dir=str(tmp_path / "second"), states_from=[str(tmp_path)]))
-    assert math.isfinite(table["64-32-long"]["mean_regret"])
+    assert math.isfinite(table["64-32-long"]["mean_regret"]) and math.isfinite(table["64-32-short"]["mean_regret"])
     assert sorted(path.name for path in (tmp_path / "second").glob("*ed-*")) == ["distilled-64-32", "distilled-64-64"]
     stages: list[str] = []
     states = sorted((tmp_path / "states").iterdir())

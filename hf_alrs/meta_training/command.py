@@ -42,11 +42,15 @@ def read_config(path: Path) -> MetaTrainingConfig:
 
 def _fits(f: Field, value: Any) -> bool:
     """Whether a value of a YAML file is of the type that a field of `MetaTrainingConfig` asks for."""
-    if f.name in ("ensemble", "states_from"):  # what a member must be is for MetaTrainingConfig to say
+    if f.name in (
+        "ensemble",
+        "states_from",
+        "earlier_networks",
+    ):  # what a member must be is for MetaTrainingConfig to say
         return isinstance(value, list) and all(
             isinstance(item, dict if f.name == "ensemble" else str) for item in value
         )
-    if f.name == "feature_noise":
+    if f.name in ("feature_noise", "earlier_shares"):
         return isinstance(value, dict)
     if f.name == "feature_dropout":
         return type(value) in (int, float)

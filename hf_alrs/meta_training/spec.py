@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-POPULATION_VERSION = 3
+POPULATION_VERSION = 4
 
 # Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
 NUM_CONTROLLER, NUM_EVAL = 128, 256
@@ -37,6 +37,13 @@ EXTENDED_KINDS = {"mlp": 0.54, "conv": 0.13, "bag": 0.18, "rnn": 0.15}
 EXTENDED_MIN_STEPS = 400
 EXTENDED_MAX_STEPS = {"mlp": 4000, "conv": 1500, "bag": 4000, "rnn": 1500}
 EXTENDED_PRETRAINED_SHARE = {"mlp": 0.1, "conv": 0.0, "bag": 0.1, "rnn": 0.0}
+# Seeds from here on draw runs of a few dozen steps, where there is no time to find the rate slowly. Plain SGD with
+# batch-norm, which bears rates that others do not, has a larger share.
+SHORT_SEED = 300_000
+SHORT_KINDS = {"mlp": 0.24, "conv": 0.30, "bag": 0.12, "rnn": 0.08, "attention": 0.26}
+SHORT_MIN_STEPS, SHORT_MAX_STEPS = 20, 160
+SHORT_PRETRAINED_SHARE = {"mlp": 0.2, "conv": 0.1, "bag": 0.2, "rnn": 0.3, "attention": 0.75}
+SHORT_CONV_OPTIMIZERS = {"adam": 0.25, "adamw": 0.15, "sgdm": 0.25, "sgd": 0.35}
 
 
 @dataclass(frozen=True)
@@ -150,13 +157,20 @@ class TaskSpec:
         return asdict(self)
 
 
+def family_of(seed: int) -> str:
+    """Which part of the population a seed draws from: `""`, `"long"`, `"extended"` or `"short"`."""
+    starts = {"short": SHORT_SEED, "extended": EXTENDED_SEED, "long": LONG_SEED}
+    return next((family for family, start in starts.items() if seed >= start), "")
+
+
 def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
     """
     Draws a task group.
 
     Args:
         seed (`int`): The same seed and `max_cost` always give the same spec. Seeds from 100,000 on give long runs,
-            most of them from pretrained weights; those from 200,000 on give many epochs.
+            most of them from pretrained weights; those from 200,000 on give many epochs, those from 300,000 on a few
+            dozen steps.
         max_cost (`float`, *optional*):
             Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
             gets narrower; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
@@ -164,8 +178,9 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
     """
     r = random.Random(f"population-1-{seed}")  # what later versions added did not change the tasks of version 1
     details = random.Random(f"population-3-{seed}")
-    kinds = EXTENDED_KINDS if seed >= EXTENDED_SEED else LONG_KINDS if seed >= LONG_SEED else KINDS
-    fewest_steps = EXTENDED_MIN_STEPS if seed >= EXTENDED_SEED else MIN_STEPS
+    family = family_of(seed)
+    kinds = {"": KINDS, "long": LONG_KINDS, "extended": EXTENDED_KINDS, "short": SHORT_KINDS}[family]
+    fewest_steps = {"extended": EXTENDED_MIN_STEPS, "short": SHORT_MIN_STEPS}.get(family, MIN_STEPS)
     kind = r.choices(list(kinds), list(kinds.values()))[0]
     for _ in range(1000):
         fields = _draw(r, seed, kind)
@@ -197,7 +212,7 @@ def _with_examples(fields: dict[str, Any]) -> TaskSpec:
     lower = 300
     if not fields["pretrained"]:
         lower = {"sequence": 2000, "images": 800}.get(fields["data"], 600)
-        if fields["seed"] >= EXTENDED_SEED:
+        if family_of(fields["seed"]) == "extended":
             lower = lower // 3
     return TaskSpec(num_examples=max(lower, min(num_examples, upper)), **fields)
 
@@ -207,9 +222,15 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 
 
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
-    optimizer = r.choices(list(OPTIMIZERS), list(OPTIMIZERS.values()))[0]
-    extended, long = seed >= EXTENDED_SEED, seed >= LONG_SEED
-    shares = EXTENDED_PRETRAINED_SHARE if extended else LONG_PRETRAINED_SHARE if long else PRETRAINED_SHARE
+    family = family_of(seed)
+    optimizers = SHORT_CONV_OPTIMIZERS if family == "short" and kind == "conv" else OPTIMIZERS
+    optimizer = r.choices(list(optimizers), list(optimizers.values()))[0]
+    shares = {
+        "": PRETRAINED_SHARE,
+        "long": LONG_PRETRAINED_SHARE,
+        "extended": EXTENDED_PRETRAINED_SHARE,
+        "short": SHORT_PRETRAINED_SHARE,
+    }[family]
     pretrained = r.random() < shares[kind]
     if kind == "attention" and pretrained and r.random() < 0.5:
         optimizer = "adamw"  # what transformers are fine-tuned with
@@ -222,6 +243,8 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     }[kind]
     if kind == "mlp" and data == "topics":
         data = "teacher"  # an MLP on tokens is an embedding bag
+    if family == "short" and data == "sequence" and not pretrained:
+        data = "topics"  # no order of tokens is learnt from scratch in so few steps
     tokens = data in ("topics", "sequence")
     fields: dict[str, Any] = {
         "seed": seed,
@@ -280,18 +303,29 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         if data == "sequence" and fields["rule"] != "bigram":
             fields["vocabulary"] = r.randint(24, 64)  # every token has a meaning of its own to be learnt
     _draw_model(r, fields)
-    if long:
+    if family in ("long", "extended"):
         fields["num_training_steps"] = int(_log_uniform(r, LONG_MIN_STEPS, LONG_MAX_STEPS[kind]))
         if kind == "attention":
             fields["depth"] = r.choice([2, 4, 4, 6, 6])
             fields["length"] = min(fields["length"], 8) if tokens else fields["length"]
-    if extended:
+    if family == "extended":
         fields["num_training_steps"] = int(_log_uniform(r, EXTENDED_MIN_STEPS, EXTENDED_MAX_STEPS[kind]))
         fields["epochs"] = _log_uniform(r, 10, 100)
-    if long and pretrained:
+    if family == "short":
+        fields["num_training_steps"] = int(_log_uniform(r, SHORT_MIN_STEPS, SHORT_MAX_STEPS))
+        fields["epochs"] = _log_uniform(r, 1, 8)
+        if kind == "conv":
+            fields["depth"] = r.choice([2, 3, 4, 6])
+            fields["hidden"] = r.choice([6, 8, 12])
+            fields["batch_norm"] = r.random() < 0.75
+            fields["residual"] = fields["depth"] >= 3 and r.random() < 0.6
+            fields["batch_size"] = r.choice([16, 32, 64])
+        elif kind == "attention":
+            fields["depth"] = r.choice([2, 4, 4, 6])
+    if family != "" and pretrained:
         fields["epochs"] = _log_uniform(r, 1, 4)
         fields["num_upstream"] = 8000
-        fields["upstream_steps"] = int(_log_uniform(r, 500, 2400))
+        fields["upstream_steps"] = int(_log_uniform(r, *((300, 700) if family == "short" else (500, 2400))))
         fields["upstream_same"] = r.random() < 0.6
         fields["head_std"] = r.choice([0.0, 0.02])
     elif pretrained:

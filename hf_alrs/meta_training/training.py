@@ -32,7 +32,7 @@ from .bank import Group, fill_bank, group_path, load_group, load_stored
 from .evaluation import evaluate_held_out, init_worker
 from .population import GRID_SIZE
 from .rollout import rollout
-from .spec import EXTENDED_SEED, LONG_SEED, POPULATION_VERSION
+from .spec import EXTENDED_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
 
 
 _HUBER_WEIGHT = 0.03
@@ -40,6 +40,9 @@ _L2 = 1e-5
 _FEATURE_NOISE = 0.05
 # Slope of the regret curve beyond the grid, per natural log of the rate
 _BEYOND_GRID = 0.1
+_STATE_FILE = re.compile(r"round(\d+)-(\d+)\.pt")
+# What a configuration calls the parts of the population
+_PARTS = {"": "standard", "long": "long", "extended": "extended", "short": "short"}
 
 
 @dataclass
@@ -54,23 +57,30 @@ class MetaTrainingConfig:
         num_long_groups, num_held_out_long_groups (`int`): The same for groups of long runs; they cost several times as
             much. The held-out ones are judged in a table of their own.
         num_extended_groups, num_held_out_extended_groups (`int`): The same for groups of many epochs.
+        num_short_groups, num_held_out_short_groups (`int`): The same for groups of a few dozen steps.
         num_tasks, num_long_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights; the
-            second one is for extended groups too.
+            second one is for all but the first kind of groups.
         num_members (`int`): Runs of each task in a round.
         num_rounds (`int`): Rounds of data aggregation, the first one without a network.
         num_iterations (`int`): Steps of the regression after each round.
         batch_size (`int`), learning_rate (`float`): Of the regression (Adam, linear decay).
         hidden_sizes (`list[list[int]]`): Networks to fit; the first one drives the rollouts.
-        ensemble (`list[dict]`): Further networks fitted to all states, each with `hidden_sizes`, `seed` and
-            `num_iterations`. Where there are some, the result is distilled from the mean of all networks: single fits
-            differ widely in how they do under their own control.
+        ensemble (`list[dict]`): Further networks fitted to all states, each with `hidden_sizes`, `seed`,
+            `num_iterations` and, where they differ, `feature_noise` and `feature_dropout`. Where there are some, the
+            result is distilled from the mean of all networks: single fits differ widely in how they do under their own
+            control.
         feature_noise (`dict[str, float]`): Standard deviation of further noise on single features in the regression. Those
             that hardly vary within a group tell groups apart, and invite learning them by heart.
         feature_dropout (`float`): Probability that a feature is 0 in the regression.
         states_from (`list[str]`): Output folders of earlier runs, whose states and networks count as well.
         num_distillation_iterations (`int`): Steps of the distillation.
-        max_cost, max_long_cost, max_extended_cost (`float`, *optional*): Groups whose grid would take more seconds than
-            about this are made shorter.
+        earlier_networks (`list[str]`): Folders of networks of an earlier meta-training, one for each of `hidden_sizes`.
+            The distillation starts from them, and keeps what they say on those parts of the population that
+            `earlier_shares` names, so that something is learnt without losing the rest.
+        earlier_shares (`dict[str, float]`): Weight, from 0 to 1, of the earlier network's word beside the mean of the
+            others on the states of each part: `standard`, `long`, `extended`, `short`. Default: 0.5.
+        max_cost, max_long_cost, max_extended_cost, max_short_cost (`float`, *optional*): Groups whose grid would take
+            more seconds than about this are made shorter.
         num_workers (`int`): Processes.
         seed (`int`): Groups are drawn from seeds `seed`, `seed + 1`, ...; the held-out ones come first.
     """
@@ -82,6 +92,8 @@ class MetaTrainingConfig:
     num_held_out_long_groups: int = 0
     num_extended_groups: int = 0
     num_held_out_extended_groups: int = 0
+    num_short_groups: int = 0
+    num_held_out_short_groups: int = 0
     num_tasks: int = 4
     num_long_tasks: int = 2
     num_members: int = 6
@@ -95,9 +107,12 @@ class MetaTrainingConfig:
     feature_dropout: float = 0.0
     states_from: list[str] = field(default_factory=list)
     num_distillation_iterations: int = 10_000
+    earlier_networks: list[str] = field(default_factory=list)
+    earlier_shares: dict[str, float] = field(default_factory=dict)
     max_cost: float | None = 4.0
     max_long_cost: float | None = 16.0
     max_extended_cost: float | None = 24.0
+    max_short_cost: float | None = 3.0
     num_workers: int = 2
     seed: int = 0
 
@@ -121,59 +136,88 @@ class MetaTrainingConfig:
                 member.get("num_iterations"),
                 *(sizes if isinstance(sizes, list) else [None]),
             ]
-            if len(member) != 3 or any(type(number) is not int for number in numbers):
-                rule = "must have hidden_sizes (a list of whole numbers), seed and num_iterations, and nothing else."
+            unknown = member.keys() - {"hidden_sizes", "seed", "num_iterations", "feature_noise", "feature_dropout"}
+            if unknown or any(type(number) is not int for number in numbers):
+                rule = (
+                    "must have hidden_sizes (a list of whole numbers), seed and num_iterations, may have feature_noise "
+                    "and feature_dropout, and nothing else."
+                )
                 raise InputError("ensemble", member, rule, "Correct the configuration.")
-        for name, value in self.feature_noise.items():
-            if name not in FEATURE_NAMES or type(value) not in (int, float) or not 0 <= value < math.inf:
-                rule = f"must give a number of at least 0 for features among {', '.join(FEATURE_NAMES)}."
-                raise InputError("feature_noise", {name: value}, rule, "Correct the configuration.")
-        if not 0 <= self.feature_dropout < 1:
-            rule = "must be at least 0 and below 1."
-            raise InputError("feature_dropout", self.feature_dropout, rule, "Correct the configuration.")
+            _check_noise(**self.noise_of(member))
+        _check_noise(self.feature_noise, self.feature_dropout)
         for folder in self.states_from:
             if not (Path(folder) / "states").is_dir():
                 rule = "is not the output folder of an earlier run."
                 raise InputError("states_from", folder, rule, "Make that run first, or leave it out.")
+        for folder in self.earlier_networks:
+            if not (Path(folder) / "config.json").is_file():
+                rule = "is not the folder of a network."
+                raise InputError("earlier_networks", folder, rule, "Name one with a config.json, or leave it out.")
+        if self.earlier_networks and not (self.ensemble and len(self.earlier_networks) == len(self.hidden_sizes)):
+            rule = "must be as many as hidden_sizes, and go with an ensemble."
+            raise InputError("earlier_networks", self.earlier_networks, rule, "Correct one of them.")
+        for part, share in self.earlier_shares.items():
+            if part not in _PARTS.values() or type(share) not in (int, float) or not 0 <= share <= 1:
+                rule = f"must give a number from 0 to 1 for some of {', '.join(_PARTS.values())}."
+                raise InputError("earlier_shares", {part: share}, rule, "Correct the configuration.")
         for name in (
             "num_long_groups",
             "num_held_out_long_groups",
             "num_extended_groups",
             "num_held_out_extended_groups",
+            "num_short_groups",
+            "num_held_out_short_groups",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise InputError(name, value, "must be a whole number of at least 0.", "Correct the configuration.")
 
-    @property
-    def held_out_seeds(self) -> range:
-        return range(self.seed, self.seed + self.num_held_out_groups)
+    def noise_of(self, member: Mapping[str, Any]) -> dict[str, Any]:
+        """`feature_noise` and `feature_dropout` of a member of the ensemble."""
+        return {name: member.get(name, getattr(self, name)) for name in ("feature_noise", "feature_dropout")}
 
     @property
-    def held_out_long_seeds(self) -> range:
-        start = LONG_SEED + self.seed
-        return range(start, start + self.num_held_out_long_groups)
-
-    @property
-    def held_out_extended_seeds(self) -> range:
-        start = EXTENDED_SEED + self.seed
-        return range(start, start + self.num_held_out_extended_groups)
+    def held_out_seeds(self) -> dict[str, range]:
+        """Seeds of the held-out groups, by part of the population (see [`family_of`])."""
+        sizes = {
+            "": (0, self.num_held_out_groups),
+            "long": (LONG_SEED, self.num_held_out_long_groups),
+            "extended": (EXTENDED_SEED, self.num_held_out_extended_groups),
+            "short": (SHORT_SEED, self.num_held_out_short_groups),
+        }
+        return {family: range(start + self.seed, start + self.seed + n) for family, (start, n) in sizes.items()}
 
     @property
     def train_seeds(self) -> list[int]:
-        start, long = self.seed + self.num_held_out_groups, self.held_out_long_seeds.stop
-        extended = self.held_out_extended_seeds.stop
-        return [
-            *range(start, start + self.num_groups),
-            *range(long, long + self.num_long_groups),
-            *range(extended, extended + self.num_extended_groups),
-        ]
+        sizes = {
+            "": self.num_groups,
+            "long": self.num_long_groups,
+            "extended": self.num_extended_groups,
+            "short": self.num_short_groups,
+        }
+        starts = {family: seeds.stop for family, seeds in self.held_out_seeds.items()}
+        return [seed for family, n in sizes.items() for seed in range(starts[family], starts[family] + n)]
 
     def size_of(self, seed: int) -> tuple[int, float | None]:
         """Number of tasks and bound on the cost of the group that `seed` draws."""
-        if seed >= EXTENDED_SEED:
-            return self.num_long_tasks, self.max_extended_cost
-        return (self.num_long_tasks, self.max_long_cost) if seed >= LONG_SEED else (self.num_tasks, self.max_cost)
+        return {
+            "": (self.num_tasks, self.max_cost),
+            "long": (self.num_long_tasks, self.max_long_cost),
+            "extended": (self.num_long_tasks, self.max_extended_cost),
+            "short": (self.num_long_tasks, self.max_short_cost),
+        }[family_of(seed)]
+
+
+def _check_noise(feature_noise: Any, feature_dropout: Any) -> None:
+    rule = f"must give a number of at least 0 for features among {', '.join(FEATURE_NAMES)}."
+    if not isinstance(feature_noise, dict):
+        raise InputError("feature_noise", feature_noise, rule, "Correct the configuration.")
+    for name, value in feature_noise.items():
+        if name not in FEATURE_NAMES or type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise InputError("feature_noise", {name: value}, rule, "Correct the configuration.")
+    if type(feature_dropout) not in (int, float) or not 0 <= feature_dropout < 1:
+        rule = "must be at least 0 and below 1."
+        raise InputError("feature_dropout", feature_dropout, rule, "Correct the configuration.")
 
 
 @dataclass
@@ -231,7 +275,7 @@ def visit(group: Group, network: MetaLRNetwork | None, num_members: int, seed: i
     else:
         scale = rng.uniform(0, 1, size) * (rng.uniform(size=size) < 0.6)
         bias = rng.normal(0, 0.7, size) * (rng.uniform(size=size) < 0.4)
-    config = ALRSConfig(decision_interval=float(rng.choice([0.0125, 0.0125, 0.0125, 0.02, 0.04])))
+    config = ALRSConfig(decision_interval=float(rng.choice([0.0125, 0.0125, 0.02, 0.02, 0.04])))
     result = rollout(
         group.population(num_members),
         log_rates,
@@ -313,6 +357,8 @@ def distill(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    earlier: MetaLRNetwork | None = None,
+    earlier_shares: Tensor | None = None,
 ) -> float:
     """
     Trains the network to say what several say on average (Hinton et al., 2015); returns the last loss.
@@ -322,6 +368,8 @@ def distill(
         teachers (`Sequence[MetaLRNetwork]`): Whose mean correction it learns.
         states (`States`): Where; their labels are not read.
         num_iterations, batch_size (`int`), learning_rate (`float`), seed (`int`): As for [`fit`].
+        earlier (`MetaLRNetwork`, *optional*): A further teacher, with the weight `earlier_shares`.
+        earlier_shares (`Tensor` of shape `[n]`, *optional*): That weight at each state.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
@@ -333,6 +381,8 @@ def distill(
         features = features + _FEATURE_NOISE * torch.randn(features.shape, generator=generator)
         with torch.no_grad():
             target = torch.stack([teacher.correction(features) for teacher in teachers]).mean(0)
+            if earlier is not None:
+                target = torch.lerp(target, earlier.correction(features), earlier_shares[index])
         huber = F.smooth_l1_loss(network.correction(features), target, reduction="none")
         loss = (states.weights[index] * huber).mean()
         optimizer.zero_grad()
@@ -379,7 +429,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     output = Path(config.output_dir)
     bank, visited = output / "bank", output / "states"
     visited.mkdir(parents=True, exist_ok=True)
-    held_out = [*config.held_out_seeds, *config.held_out_long_seeds, *config.held_out_extended_seeds]
+    held_out = [seed for seeds in config.held_out_seeds.values() for seed in seeds]
     seeds = [*held_out, *config.train_seeds]
     with ProcessPoolExecutor(config.num_workers, initializer=init_worker) as pool:
         jobs = [(str(bank), seed, *config.size_of(seed), seed in held_out) for seed in seeds]
@@ -413,11 +463,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     for sizes, folder in zip(config.hidden_sizes, _final_networks(config, report_progress), strict=True):
         name = "-".join(map(str, sizes))
         tables = {}
-        for family, family_seeds in (
-            ("", config.held_out_seeds),
-            ("long", config.held_out_long_seeds),
-            ("extended", config.held_out_extended_seeds),
-        ):
+        for family, family_seeds in config.held_out_seeds.items():
             if family_seeds:
                 tables[family] = evaluate_held_out(bank, family_seeds, folder, config.num_workers)
                 report[f"{name}-{family}".rstrip("-")] = tables[family]
@@ -439,6 +485,8 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
         groups += f", {config.num_long_groups} groups of {config.num_long_tasks} longer ones"
     if config.num_extended_groups:
         groups += f", {config.num_extended_groups} groups of {config.num_long_tasks} with many epochs"
+    if config.num_short_groups:
+        groups += f", {config.num_short_groups} groups of {config.num_long_tasks} shorter ones"
     training = (
         f"{groups} (population version {POPULATION_VERSION}), {config.num_rounds} rounds of data aggregation with "
         f"{config.num_members} runs of each task, {config.num_iterations} iterations of the regression, seed "
@@ -449,12 +497,17 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
     if config.ensemble:
         training += (
             f" Distilled in {config.num_distillation_iterations} iterations from the mean of the networks of the last "
-            f"rounds and of {len(config.ensemble)} further fits."
+            f"rounds and of {len(config.ensemble)} further fits"
+            + (
+                f", starting from an earlier network, which has the weight {config.earlier_shares}."
+                if config.earlier_networks
+                else "."
+            )
         )
     measured = (
         "Regret (0: the best of 16 peak rates with linear decay, 1: chance) from 16 initial rates over 4.5 decades."
     )
-    kinds = {"": "", "long": " of longer runs", "extended": " of many epochs"}
+    kinds = {"": "", "long": " of longer runs", "extended": " of many epochs", "short": " of few steps"}
     for family, table in tables.items():
         measured += f" On {table['num_tasks']} held-out tasks{kinds[family]}: {_measured(table)}"
     return {"training": training, "measured": measured}
@@ -471,17 +524,24 @@ def _network_folder(config: MetaTrainingConfig, round_index: int, sizes: Sequenc
     return Path(config.output_dir) / f"network-round{round_index}-{'-'.join(map(str, sizes))}"
 
 
-def _states(config: MetaTrainingConfig, first_round: int) -> States:
-    """The states of all rounds from `first_round` on, of this run and of those that it builds on."""
+def _state_files(config: MetaTrainingConfig, first_round: int) -> list[Path]:
+    """Files of the states of all rounds from `first_round` on, of this run and of those that it builds on."""
     folders = [Path(config.output_dir), *map(Path, config.states_from)]
-    names = re.compile(r"round(\d+)-\d+\.pt")
-    paths = [
+    return [
         path
         for folder in folders
         for path in sorted((folder / "states").iterdir())
-        if (match := names.fullmatch(path.name)) and int(match[1]) >= first_round
+        if (match := _STATE_FILE.fullmatch(path.name)) and int(match[1]) >= first_round
     ]
-    return States.load(paths)
+
+
+def _earlier_shares(config: MetaTrainingConfig, paths: Sequence[Path]) -> Tensor:
+    """Weight of the earlier networks at each state of these files."""
+    shares = []
+    for path in paths:
+        part = _PARTS[family_of(int(_STATE_FILE.fullmatch(path.name)[2]))]
+        shares.append(torch.full((len(States.load([path]).weights),), float(config.earlier_shares.get(part, 0.5))))
+    return torch.cat(shares)
 
 
 def _last_networks(folder: Path) -> list[Path]:
@@ -504,8 +564,8 @@ def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, 
             torch.manual_seed(member["seed"])
             network = MetaLRNetwork(member["hidden_sizes"])
             fit(
-                network, _states(config, 0), member["num_iterations"], config.batch_size, config.learning_rate,
-                member["seed"], config.feature_noise, config.feature_dropout,
+                network, States.load(_state_files(config, 0)), member["num_iterations"], config.batch_size, config.learning_rate,
+                member["seed"], **config.noise_of(member),
             )  # fmt: skip
             network.save_pretrained(folder)
         teachers.append(folder)
@@ -514,11 +574,16 @@ def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, 
     for index, (sizes, folder) in enumerate(zip(config.hidden_sizes, folders, strict=True)):
         if not (folder / "config.json").exists():
             torch.manual_seed(config.seed)
-            network = MetaLRNetwork(sizes)
+            network, earlier = MetaLRNetwork(sizes), None
+            if config.earlier_networks:
+                earlier = MetaLRNetwork.from_pretrained(config.earlier_networks[index])
+                network.load_state_dict(earlier.state_dict())
             # Not the first round: it was visited without a network, and no network will come there again.
+            paths = _state_files(config, 1)
             distill(
-                network, [MetaLRNetwork.from_pretrained(str(path)) for path in teachers], _states(config, 1),
+                network, [MetaLRNetwork.from_pretrained(str(path)) for path in teachers], States.load(paths),
                 config.num_distillation_iterations, config.batch_size, config.learning_rate, config.seed,
+                earlier, _earlier_shares(config, paths),
             )  # fmt: skip
             network.save_pretrained(folder)
         report_progress("distillation", index + 1, len(folders))

@@ -21,7 +21,7 @@ from conftest import scratch_network
 from datasets import load_dataset
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from test_report import make_record, store
+from test_report import NUM_STEPS, make_record, store
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from hf_alrs import ALRSConfig, MetaLRNetwork, cards, cli
@@ -357,6 +357,19 @@ def test_one_leaderboard_of_several_people(tmp_path: Path, run: Callable) -> Non
     assert f"| 3 | linear | 1e-3 | 2 | 1 | ∞ | 0.2500 | {folders[0]}, {folders[1]} |" in text, text
     assert "| alrs | 1.50 | 2 |" in text, "first on sst2, second on imdb"
     assert f"{folders[1]}: 5 runs" in text
+
+
+def test_runs_of_different_lengths_are_not_ranked_together(tmp_path: Path, run: Callable) -> None:
+    folders = [tmp_path / name for name in ("alice", "bob")]
+    store(folders[0], make_record("alrs"), make_record("linear", level=0.9))
+    store(folders[1], make_record("alrs", level=0.1) | {"num_training_steps": 777})
+    code, _, err = run("report", *folders, "--output_dir", tmp_path / "merged")
+    assert code == 0, err
+    text = (tmp_path / "merged" / "leaderboard.md").read_text()
+    long, short = (text.split(f"{steps} steps\n")[1].split("\n\n")[0] for steps in (777, NUM_STEPS))
+    assert "| 1 | alrs |" in long and "linear" not in long
+    assert "| 1 | alrs |" in short and "| 2 | linear |" in short
+    assert "| alrs | 1.00 | 2 |" in text and "| linear | " not in text.split("## ")[1]
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------

@@ -26,11 +26,12 @@ def build_leaderboard(runs: Sequence[Run], names: Sequence[str]) -> dict[str, An
         names (`Sequence[str]`): What to call the folders, in the order they were loaded in.
 
     Returns:
-        `dict[str, Any]`: `"tasks"`: task -> rows from the lowest mean final loss on; `"overall"`: rows of the schedulers
-        that were run on every task, from the lowest mean place on; `"contributions"`: folder -> number of runs.
+        `dict[str, Any]`: `"tasks"`: task, with the steps of a run where they differ -> rows from the lowest mean final
+        loss on; `"overall"`: rows of the schedulers that were run on every task, from the lowest mean place on;
+        `"contributions"`: folder -> number of runs.
     """
-    tasks = group_by_task(runs)
-    tables = {task.name: _rows(task, names) for task in tasks}
+    tasks = _by_budget(runs)
+    tables = {name: _rows(task, names) for name, task in tasks.items()}
     places = {
         scheduler: [row["place"] for rows in tables.values() for row in rows if row["scheduler"] == scheduler]
         for scheduler in dict.fromkeys(run.scheduler for run in runs)
@@ -42,10 +43,21 @@ def build_leaderboard(runs: Sequence[Run], names: Sequence[str]) -> dict[str, An
     ]
     return {
         "tasks": tables,
-        "scores": {task.name: task.score for task in tasks},
+        "scores": {name: task.score for name, task in tasks.items()},
         "overall": sorted(overall, key=lambda row: (row["mean_place"], row["scheduler"])),
         "contributions": {name: sum(run.origin == index for run in runs) for index, name in enumerate(names)},
     }
+
+
+def _by_budget(runs: Sequence[Run]) -> dict[str, TaskRuns]:
+    """A part for each length of the runs of a task: a longer run is no better scheduler."""
+    parts = {}
+    for task in group_by_task(runs):
+        budgets = sorted({run.record["num_training_steps"] for run in task.runs})
+        for budget in budgets:
+            (part,) = group_by_task([run for run in task.runs if run.record["num_training_steps"] == budget])
+            parts[task.name if len(budgets) == 1 else f"{task.name}, {budget} steps"] = part
+    return parts
 
 
 def _rows(task: TaskRuns, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -110,6 +110,7 @@ class ALRSCallback(TrainerCallback):
             self.scheduler = lr_scheduler
         else:
             self.scheduler = self._take_over(args, state, model, optimizer, lr_scheduler, train_dataloader)
+        self.scheduler.warns_without_loss = False
         self._loss_seen = self.told_losses
         if not self.told_losses:
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)

@@ -142,6 +142,7 @@ class ALRSScheduler(LRScheduler):
         self.last_decision: Decision | None = None
         self.last_meta_loss: float | None = None
         self.seconds = 0.0
+        self.warns_without_loss = True  # the callback, to which losses come another way, has a warning of its own
         self._closed = False
         self._hook = inner.register_step_pre_hook(self._before_optimizer_step)
         self._is_first_call = True  # torch's own call of `step`
@@ -196,7 +197,7 @@ class ALRSScheduler(LRScheduler):
         self._loss, self._micro_batches, self._grad_norm = None, 0, None
         if self._signals is not None:
             signals, self._signals = self._signals, None
-            if all(loss is None for _, _, loss, _ in self._pending):
+            if self.warns_without_loss and all(loss is None for _, _, loss, _ in self._pending):
                 self._warn(
                     "loss",
                     f"Step {step + 1}: no loss has been observed, and the network decides without it; call "

@@ -82,8 +82,6 @@ class ALRSCallback(TrainerCallback):
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
         self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
         self._forward_hook: Any = None
-        self._loss_seen = False
-        self._loss_missed = False
         self._num_shares = 1  # processes whose shares add up to the loss of a step
         self._next_write = 0.0  # time from which on the history may be written again
 
@@ -110,8 +108,10 @@ class ALRSCallback(TrainerCallback):
             self.scheduler = lr_scheduler
         else:
             self.scheduler = self._take_over(args, state, model, optimizer, lr_scheduler, train_dataloader)
-        self.scheduler.warns_without_loss = False
-        self._loss_seen = self.told_losses
+        self.scheduler.loss_remedy = (
+            "the model's output has no `loss` (label smoothing or a custom loss function computes it outside the model); "
+            "use ALRSTrainer, which sees every loss"
+        )
         if not self.told_losses:
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
         if self.write_history and state.is_world_process_zero:
@@ -172,7 +172,6 @@ class ALRSCallback(TrainerCallback):
         if isinstance(outputs, tuple) and outputs and torch.is_tensor(outputs[0]) and outputs[0].dim() == 0:
             loss = outputs[0]  # as Trainer takes it
         if loss is not None:
-            self._loss_seen = True
             # Divided by the items of all micro-batches, and of all processes, losses add up to that of the step.
             is_share = kwargs.get("num_items_in_batch") is not None
             loss = loss.mean()
@@ -187,13 +186,6 @@ class ALRSCallback(TrainerCallback):
             self._observe_evaluation(self.evaluate_controller())
             self.scheduler.seconds += time.perf_counter() - start
         self._prepare_save(control)
-        if not self._loss_seen and not self._loss_missed and self.scheduler.last_decision is not None:
-            self._loss_missed = True
-            logger.warning(
-                "ALRS has seen no loss: the model's output has no `loss` (label smoothing or a custom loss function "
-                "computes it outside the model). The network decides from gradients and weights alone; use ALRSTrainer, "
-                "which sees every loss."
-            )
         self._write_history(args, state, wait=not control.should_save)
 
     def _controller_is_due(self, state: TrainerState, control: TrainerControl) -> bool:

@@ -142,7 +142,8 @@ class ALRSScheduler(LRScheduler):
         self.last_decision: Decision | None = None
         self.last_meta_loss: float | None = None
         self.seconds = 0.0
-        self.warns_without_loss = True  # the callback, to which losses come another way, has a warning of its own
+        # For the warning that there is no loss; to the callback losses come another way
+        self.loss_remedy = "call `scheduler.observe(loss=loss)` after each forward pass"
         self._closed = False
         self._hook = inner.register_step_pre_hook(self._before_optimizer_step)
         self._is_first_call = True  # torch's own call of `step`
@@ -197,11 +198,11 @@ class ALRSScheduler(LRScheduler):
         self._loss, self._micro_batches, self._grad_norm = None, 0, None
         if self._signals is not None:
             signals, self._signals = self._signals, None
-            if self.warns_without_loss and all(loss is None for _, _, loss, _ in self._pending):
+            if all(loss is None for _, _, loss, _ in self._pending):
                 self._warn(
                     "loss",
-                    f"Step {step + 1}: no loss has been observed, and the network decides without it; call "
-                    "`scheduler.observe(loss=loss)` after each forward pass.",
+                    f"Step {step + 1}: no loss has been observed, and the network decides from gradients and weights "
+                    f"alone; {self.loss_remedy}.",
                 )
             self._decide(step, self.flush(signals))
         if self._initial is not None and self.controller.restart_window_over(self._steps):

@@ -58,12 +58,14 @@ _DIVERGED_LOSS = 1e3
 # Arguments that say where a cell wrote and not how it trained
 _OF_THE_MACHINE = ("output_dir", "logging_dir", "run_name", "local_rank")
 # Beginnings of the names of those that differ between the cells of a matrix
-_OF_THE_CELL = ("learning_rate", "lr_scheduler", "seed", "eval_s", "metric_for_best_model", "greater_is_better")
+_OF_THE_CELL = ("learning_rate", "lr_scheduler", "seed", "metric_for_best_model", "greater_is_better")
 # And of those that change no result
 _OF_NO_RESULT = (
     *("save_", "log", "report_to", "disable_tqdm", "hub_", "push_to_hub", "project", "trackio_"),
     *("ignore_data_skip", "load_best_model_at_end", "dataloader_num", "dataloader_p"),
 )
+# What else of an experiment moves a result: evaluations draw random numbers, and tell ALRS and ReduceLROnPlateau something
+_OF_THE_MATRIX = ("num_evaluations", "launcher")
 UNFINISHED = "unfinished"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -228,7 +230,12 @@ def _blank_record(experiment: Experiment, spec: RunSpec, prepared: PreparedTask)
         "spec": asdict(spec),
         "status": "completed",
         "error": None,
-        "config": {"data": asdict(experiment.data), "training": dict(experiment.arguments), "alrs": None},
+        "config": {
+            "data": asdict(experiment.data),
+            "training": dict(experiment.arguments),
+            "alrs": None,
+            **{name: getattr(experiment, name) for name in _OF_THE_MATRIX},
+        },
         "environment": {**environment(), "command": experiment.command},
         "source": prepared.source,
         "num_training_steps": 1,
@@ -369,19 +376,26 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
     Keeps runs of a task that were made otherwise out of one report, and out of the place of those that are asked for.
 
     Raises:
-        `InputError`: If a run of `task` lies there that had other data, training arguments or `ALRSConfig`.
+        `InputError`: If a run of `task` lies there that had other data, training arguments, number of evaluations, launcher
+            or `ALRSConfig`.
     """
     arguments = TrainingArguments(**(experiment.arguments | {"output_dir": str(output_dir)})).to_dict()
     left_out = _OF_THE_MACHINE + _OF_THE_CELL + _OF_NO_RESULT
+    if experiment.num_evaluations is not None:  # from which the cell's `eval_steps` follow
+        left_out += ("eval_s",)
     training = {key: value for key, value in arguments.items() if not key.startswith(left_out)}
     for path in sorted(output_dir.glob(f"{glob.escape(quote(task, safe=''))}--*.json")):
         record = read_result(path)
         stored = record["config"]
         baseline = BASELINES.get(record["spec"]["scheduler"])
-        ours: dict[str, Any] = asdict(experiment.data) | training
-        theirs = (stored.get("data") or {}) | (stored.get("training") or {})
+        of_matrix = {name: getattr(experiment, name) for name in _OF_THE_MATRIX}
+        ours: dict[str, Any] = of_matrix | asdict(experiment.data) | training
+        theirs = {name: stored[name] for name in _OF_THE_MATRIX if name in stored}
+        theirs |= (stored.get("data") or {}) | (stored.get("training") or {})
         if baseline is None or baseline.optimizer is not None:  # which is not what the arguments say
             theirs.pop("optim", None)
+        if baseline is None or baseline.needs_evaluation:  # likewise
+            theirs = {key: value for key, value in theirs.items() if not key.startswith("eval_s")}
         if stored.get("alrs") is not None and baseline is not None and baseline.alrs_config is not None:
             config = replace(experiment.alrs_config, **baseline.alrs_config, seed=record["spec"]["seed"])
             ours, theirs = ours | config.to_dict(), theirs | stored["alrs"]

@@ -107,6 +107,8 @@ def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp
         "optim": replace(experiment, arguments=experiment.arguments | {"optim": "sgd"}),
         "max_train_samples": replace(experiment, data=replace(experiment.data, max_train_samples=100)),
         "dataset_name": replace(experiment, data=replace(experiment.data, dataset_name="train.csv")),
+        "num_evaluations": replace(experiment, num_evaluations=3),
+        "launcher": replace(experiment, launcher="accelerate launch --num_processes 2"),
         "feedback_interval": replace(experiment, alrs_config=replace(experiment.alrs_config, feedback_interval=0)),
     }
     for field, other in changed.items():
@@ -114,6 +116,16 @@ def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp
             refuse_other_settings(other, "sample", tmp_path)
         assert error.value.field == field
         refuse_other_settings(other, "another task", tmp_path)
+    by_epoch = replace(experiment, num_evaluations=None, arguments=experiment.arguments | {"eval_strategy": "epoch"})
+    run_matrix(
+        by_epoch, build_matrix("sample", ["constant", "reduce_lr_on_plateau"], [1e-3], [0]), tmp_path / "by epoch"
+    )
+    refuse_other_settings(by_epoch, "sample", tmp_path / "by epoch")
+    never = replace(by_epoch, arguments=experiment.arguments)
+    with pytest.raises(InputError, match="would mix them"):
+        refuse_other_settings(never, "sample", tmp_path / "by epoch")
+    run_matrix(never, build_matrix("sample", ["constant", "reduce_lr_on_plateau"], [1e-3], [0]), tmp_path / "never")
+    refuse_other_settings(never, "sample", tmp_path / "never")
     for path in tmp_path.glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "failed"}))
     with pytest.raises(InputError, match=r"--seed0\.json, which failed, is a run .* or delete the file\.$"):

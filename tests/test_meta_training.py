@@ -17,7 +17,16 @@ from hf_alrs.meta_training.bank import Group, group_path, load_group, run_group,
 from hf_alrs.meta_training.command import meta_evaluate_command, read_config
 from hf_alrs.meta_training.evaluation import summarize
 from hf_alrs.meta_training.spec import sample_spec
-from hf_alrs.meta_training.training import MetaTrainingConfig, States, distill, fit, meta_train, regret_at
+from hf_alrs.meta_training.training import (
+    MetaTrainingConfig,
+    States,
+    _keep_configuration,
+    _refuse_trained_on,
+    distill,
+    fit,
+    meta_train,
+    regret_at,
+)
 from hf_alrs.network import MetaLRNetwork
 
 
@@ -302,6 +311,25 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
     path.write_text("output_dir: x\nnum_groups: 0\n")
     with pytest.raises(InputError, match="num_groups"):
         read_config(path)
+
+
+def test_another_configuration_does_not_go_on_with_what_one_has_made(tmp_path: Path) -> None:
+    config = MetaTrainingConfig(str(tmp_path / "first"), num_groups=2, num_held_out_groups=1)
+    states = tmp_path / "first" / "states"
+    states.mkdir(parents=True)
+    _keep_configuration(config)
+    _keep_configuration(replace(config, num_workers=1))
+    with pytest.raises(
+        InputError, match=r"num_iterations=7: .*first holds what was made with 6000.*another output_dir"
+    ):
+        meta_train(replace(config, num_iterations=7))
+    for seed in config.train_seeds:
+        (states / f"round0-{seed:06d}.pt").touch()
+    second = replace(config, output_dir=str(tmp_path / "second"), states_from=[str(tmp_path / "first")])
+    _refuse_trained_on(list(second.held_out_seeds[""]), second.states_from)
+    with pytest.raises(InputError, match=r"states_from=.*was trained on group 1, which is held out here"):
+        meta_train(replace(second, num_held_out_groups=2))
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.slow

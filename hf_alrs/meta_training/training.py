@@ -40,6 +40,7 @@ _L2 = 1e-5
 _FEATURE_NOISE = 0.05
 # Slope of the regret curve beyond the grid, per natural log of the rate
 _BEYOND_GRID = 0.1
+_CONFIGURATION = "config.json"
 _STATE_FILE = re.compile(r"round(\d+)-(\d+)\.pt")
 # What a configuration calls the parts of the population
 _PARTS = {"": "standard", "long": "long", "extended": "extended", "short": "short"}
@@ -424,12 +425,18 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
     Returns:
         `dict`: For each network its `summarize` table; also written to `report.json`. The networks themselves, with
         their cards, lie in folders called after their hidden sizes.
+
+    Raises:
+        `InputError`: If what lies in `output_dir` was made with another configuration, or an earlier run of
+            `states_from` was trained on a group that is held out here.
     """
     report_progress = progress or (lambda stage, done, total: None)
     output = Path(config.output_dir)
     bank, visited = output / "bank", output / "states"
-    visited.mkdir(parents=True, exist_ok=True)
     held_out = [seed for seeds in config.held_out_seeds.values() for seed in seeds]
+    _refuse_trained_on(held_out, config.states_from)
+    visited.mkdir(parents=True, exist_ok=True)
+    _keep_configuration(config)
     seeds = [*held_out, *config.train_seeds]
     with ProcessPoolExecutor(config.num_workers, initializer=init_worker) as pool:
         jobs = [(str(bank), seed, *config.size_of(seed), seed in held_out) for seed in seeds]
@@ -472,10 +479,44 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
             output / name, model_card_kwargs=_card(config, tables)
         )
         report_progress("held out", 1, 1)
-    temporary = output / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2))
-    temporary.replace(output / "report.json")
+    _write_whole(report, output / "report.json")
     return report
+
+
+def _write_whole(content: dict[str, object], path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2))
+    temporary.replace(path)
+
+
+def _keep_configuration(config: MetaTrainingConfig) -> None:
+    """Writes the configuration beside what is made with it; another one would find that and take it for its own."""
+    ours = {**asdict(config), "population_version": POPULATION_VERSION, "feature_version": FEATURE_VERSION}
+    for name in ("output_dir", "num_workers"):
+        del ours[name]
+    path = Path(config.output_dir) / _CONFIGURATION
+    if not path.is_file():
+        _write_whole(ours, path)
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in ours.items():
+        if name in theirs and theirs[name] != value:
+            rule = f"{path.parent} holds what was made with {theirs[name]!r}, and it would be taken for this one's."
+            remedy = "Give another output_dir, or the configuration of before; states_from builds on an earlier run."
+            raise InputError(name, value, rule, remedy)
+
+
+def _refuse_trained_on(held_out: Sequence[int], states_from: Sequence[str]) -> None:
+    """Keeps networks from being judged on groups that the states of an earlier run have shown them."""
+    for folder in states_from:
+        seeds = {
+            int(match[2])
+            for path in (Path(folder) / "states").iterdir()
+            if (match := _STATE_FILE.fullmatch(path.name))
+        }
+        if shown := sorted(seeds.intersection(held_out)):
+            rule = f"was trained on group {shown[0]}, which is held out here to judge."
+            raise InputError("states_from", folder, rule, "Leave it out, or hold out as many groups as that run did.")
 
 
 def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> dict[str, str]:

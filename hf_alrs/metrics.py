@@ -18,12 +18,10 @@ __all__ = [
     "area_under_curve",
     "best_value",
     "controller_share",
-    "final_value",
     "learning_rate_range",
     "learning_rate_stability",
     "loss_stability",
     "position_of_target",
-    "training_seconds",
     "tuning_free_regret",
     "worst_value",
 ]
@@ -47,34 +45,6 @@ def worst_value(metric: str) -> float:
     if metric.endswith(("correlation", "pearson", "pearsonr", "spearmanr")):
         return -1.0
     return -math.inf
-
-
-def training_seconds(seconds: ArrayLike) -> float:
-    """
-    Wall-clock time of training, without evaluation.
-
-    Args:
-        seconds (`ArrayLike` of shape `(num_steps,)`): Cumulative training seconds after each optimizer step.
-
-    Returns:
-        `float`: Seconds at the last step; 0 when there was none.
-    """
-    seconds = np.asarray(seconds, dtype=float)
-    return float(seconds[-1]) if seconds.size else 0.0
-
-
-def final_value(values: ArrayLike) -> float:
-    """
-    Value at the last evaluation, however good an earlier one was.
-
-    Args:
-        values (`ArrayLike` of shape `(num_evaluations,)`): One metric over the run.
-
-    Returns:
-        `float`: The last value; `nan` when there was none.
-    """
-    values = np.asarray(values, dtype=float)
-    return float(values[-1]) if values.size else math.nan
 
 
 def best_value(values: ArrayLike, higher_is_better: bool = False) -> float:

@@ -329,8 +329,8 @@ def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) 
     """
     Names the classes of a label column: the ClassLabel's own names where there is one, and a fallback where not.
 
-    Plain parquet and CSV files carry bare integers, booleans or strings. Integers must be 0 to n-1, and take the
-    names in `known` where there are n of them, else their own digits; strings are sorted.
+    Plain parquet and CSV files carry bare integers, booleans or strings. Integers must be 0 to n-1, and take the names in
+    `known` where the task has some (a part of its data may lack classes), else their own digits; strings are sorted.
 
     Args:
         rows (`Dataset`): The train split.

@@ -33,16 +33,6 @@ def test_values_that_are_not_numbers_reach_no_target_and_are_never_the_best():
     assert math.isnan(metrics.best_value([]))
 
 
-def test_final_value_is_the_last_one_even_when_an_earlier_one_was_better():
-    assert metrics.final_value([0.4, 0.3, 0.6]) == 0.6
-    assert math.isnan(metrics.final_value([]))
-
-
-def test_training_seconds_are_those_of_the_last_step():
-    assert metrics.training_seconds([0.5, 1.25, 2.0]) == 2.0
-    assert metrics.training_seconds([]) == 0.0
-
-
 def test_rate_that_changes_by_one_factor_is_perfectly_stable():
     assert metrics.learning_rate_stability([1e-3] * 5) == 0.0
     assert metrics.learning_rate_stability([8.0, 4.0, 2.0, 1.0]) == pytest.approx(0.0, abs=1e-12)

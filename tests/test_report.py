@@ -414,6 +414,22 @@ def test_several_folders_and_tasks_are_merged(tmp_path):
     assert (tmp_path / "merged" / "plots" / "2-sst2-rates.svg").exists()
 
 
+def test_means_over_tasks_are_of_the_way_left_to_the_best_cell(tmp_path):
+    records = [
+        make_record(scheduler, 1e-3, task=task, level=level)
+        for task, levels in {"one": (0.2, 0.3), "two": (0.35, 0.3), "three": (0.2, 0.3)}.items()
+        for scheduler, level in zip(("alrs", "linear"), levels, strict=True)
+    ]
+    for record in records[4:]:  # a task of other units: each final loss and score is as far from the untrained model
+        record["benchmark_results"] = {"eval_loss": 0.2 + 0.4937 * 2, "eval_accuracy": 0.8 - 0.2989 * 2}
+    rows = summary_of(tmp_path, *records)["overall"]["interquartile_means"]
+    found = {(row["scheduler"], row["metric"]): row["tuned"]["iqm"] for row in rows}
+    # The middle half of three numbers are all of them; the loss starts at 0.6937, the accuracy at 0.5011
+    assert found["alrs", "eval_loss"] == pytest.approx((0 + 0.05 / 0.3937 + 0) / 3)
+    assert found["linear", "eval_loss"] == pytest.approx((0.1 / 0.4937 + 0 + 0.1 / 0.4937 / 2) / 3)
+    assert found["linear", "score"] == pytest.approx((0.1 / 0.2989 + 0 + 0.1 / 0.2989 / 2) / 3)
+
+
 def test_unfinished_files_are_passed_over(tmp_path):
     store(tmp_path, make_record())
     (tmp_path / "other.json.tmp").write_text('{"schema_version": 1, "sp', encoding="utf-8")

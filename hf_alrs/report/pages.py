@@ -345,8 +345,12 @@ def _overall_tables(summary: dict[str, Any]) -> list[Table]:
     several = len(summary["tasks"]) > 1
     tables = [
         Table(
-            "Interquartile mean of the final values over seeds"
-            + (" and tasks, in raw units, every task weighing the same" if several else "")
+            (
+                "Interquartile mean over seeds and tasks of what the final values are short of the best (0: the best cell of "
+                "a task, 1: its models before training; lower is better)"
+                if several
+                else "Interquartile mean of the final values over seeds"
+            )
             + ", with 95 % stratified bootstrap intervals: at the best of the rates that each scheduler was run from, and over all "
             "of them together, as a user would fare who picks one of them blindly.",
             ["Scheduler", "Metric", "Tasks", "At the best rate", "Over all rates"],

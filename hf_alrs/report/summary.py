@@ -233,11 +233,30 @@ def _matrix(columns: list[list[Run]], tasks: list[TaskRuns], metric: str) -> np.
     return np.array(values).T
 
 
+def _distances(columns: list[list[Run]], tasks: list[TaskRuns], metric: str, several: bool) -> np.ndarray:
+    """
+    [`_matrix`]; of several tasks with 0 for the best cell and 1 for the models before training. In raw units a middle half
+    would leave out the tasks with the highest and the lowest values, whoever is judged.
+    """
+    values = _matrix(columns, tasks, metric)
+    for place, task in enumerate(tasks if several else ()):
+        name = "eval_loss" if metric == "eval_loss" else task.score
+        best = (min if metric == "eval_loss" else max)(task.mean_final(cell, name) for cell in task.cells)
+        before = [(run.record["benchmark_results"] or {}).get(name) for run in task.runs]
+        before = [float(value) for value in before if value is not None]
+        span = float(np.mean(before)) - best if before else 0.0
+        # Where no cell is better than an untrained model, in raw units
+        unit = span if math.isfinite(span) and span * (1 if metric == "eval_loss" else -1) > 0 else 1.0
+        values[:, place] = (values[:, place] - best) / unit
+    return values
+
+
 def _interquartile_row(tasks: list[TaskRuns], scheduler: str, metric: str) -> dict[str, Any]:
-    tasks = [task for task in tasks if scheduler in task.tuned]
-    tuned = _matrix([task.tuned_runs(scheduler) for task in tasks], tasks, metric)
+    several = len(tasks) > 1
+    tuned = _distances([task.tuned_runs(scheduler) for task in tasks], tasks, metric, several)
     every = [(task, rate) for task in tasks for rate in task.rates_of(scheduler)]
-    untuned = _matrix([task.cells[scheduler, rate] for task, rate in every], [task for task, _ in every], metric)
+    columns = [task.cells[scheduler, rate] for task, rate in every]
+    untuned = _distances(columns, [task for task, _ in every], metric, several)
     row: dict[str, Any] = {"scheduler": scheduler, "metric": metric, "num_tasks": len(tasks)}
     for name, scores in (("tuned", tuned), ("all_rates", untuned)):
         interval = statistics.stratified_bootstrap(

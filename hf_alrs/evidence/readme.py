@@ -26,8 +26,8 @@ _HOW_TO_READ = (
     "seeds it often does; that is no proof of equality. Nothing here is corrected for the number of comparisons; where the "
     "text says p, it is."
 )
-# Folders of reports that README does not show: their tasks are those of the others, at other sizes
-_TOO_WIDE = "arena"
+# Folders of reports that README does not show in whole: their tasks are those of the others, at other sizes
+_ARENA = "arena"
 # Drawn beside the judged scheduler, where they were run from several rates
 _PLOTTED = ("alrs", "alrs_64_64", "constant", "linear")
 
@@ -77,11 +77,12 @@ def update_readme(root: Path, check: bool = False) -> list[Path]:
     """
     results = root / "results"
     reports = _load_reports(results)
-    studies = [s for name, report in reports.items() if not name.startswith(_TOO_WIDE) for s in _studies(report)]
+    studies = [s for name, report in reports.items() if not name.startswith(_ARENA) for s in _studies(report)]
+    arena = _studies(reports[_ARENA]) if _ARENA in reports else []
     written = {
         path: _between_marks(path, text)
         for path, text in (
-            (root / "README.md", _readme_part(studies)),
+            (root / "README.md", _readme_part(studies, arena)),
             (results / "README.md", _verdicts_part(reports)),
         )
     }
@@ -134,7 +135,7 @@ def _is_written(path: Path, text: str) -> bool:
 # --- README -----------------------------------------------------------------------------------------------------------
 
 
-def _readme_part(studies: list[_Study]) -> str:
+def _readme_part(studies: list[_Study], arena: list[_Study]) -> str:
     lines: list[str] = []
     if compared := [study for study in studies if study.is_comparison]:
         score = compared[0].task["score"]
@@ -144,6 +145,7 @@ def _readme_part(studies: list[_Study]) -> str:
     if any(True for _ in _panels(studies)):
         caption = "Final score against the initial learning rate: mean over the seeds, bars of one standard deviation"
         lines += [f"![{caption}](results/{PLOT_FILE})", "", f"*{caption}.*", ""]
+    lines += _without_tuning([study for study in arena if study.is_comparison])
     if ablations := [study for study in studies if study.is_ablation]:
         lines += [f"What the parts of ALRS bring: final loss{_ON_EVAL}:", "", *_means(ablations, "eval_loss")]
     rest = [study for study in studies if not (study.is_comparison or study.is_ablation)]
@@ -152,6 +154,7 @@ def _readme_part(studies: list[_Study]) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
+_LINK_TO_ARENA = f"results/{_ARENA}/report.md"
 _ON_EVAL = " on the eval split, mean ± standard deviation over the seeds, from the initial rate of the recipe"
 
 
@@ -167,6 +170,51 @@ def _means(studies: list[_Study], metric: str) -> list[str]:
         *(_row([name, *(_mean_at_rate(study, name, metric) for study in studies)]) for name in _names(studies)),
         "",
     ]
+
+
+def _without_tuning(arena: list[_Study]) -> list[str]:
+    """The judged scheduler from all its rates, others from theirs, and the best cell that tuning could have found."""
+    if not arena:
+        return []
+    names = sorted(
+        dict.fromkeys(n for study in arena for n in study.schedulers if _ranges_over(study, n)), key=is_baseline
+    )
+    heads = ["task", *names, "best of all others", f"{arena[0].task['reference']} worse than that"]
+    lines = [
+        f"Without tuning: final loss in [the arena]({_LINK_TO_ARENA}), the means from the best and from the worst of the "
+        "initial rates (over four decades; Prodigy's is always 1), and the best cell of all other schedulers and rates:",
+        "",
+        _row(heads),
+        _row(["---", *("---:" for _ in heads[1:])]),
+    ]
+    for study in arena:
+        rows = [row for row in study.task["comparisons"]["without_tuning"] if row["metric"] == "eval_loss"]
+        others = [cell for name in study.schedulers if is_baseline(name) for cell in study.cells(name)]
+        best = min(others, key=_final_loss)
+        worse = sum(row["verdict"] == "worse" for row in rows)
+        lines.append(
+            _row(
+                [
+                    study.told["title"],
+                    *(_ranges_over(study, name) or "n/a" for name in names),
+                    f"{format_number(_final_loss(best), 3)} ({best['scheduler']} from {format_rate(best['learning_rate'])})",
+                    f"from {worse} of {len(rows)}",
+                ]
+            )
+        )
+    return [*lines, ""]
+
+
+def _final_loss(cell: dict[str, Any]) -> float:
+    return _number(cell["final"]["eval_loss"]["mean"])
+
+
+def _ranges_over(study: _Study, scheduler: str) -> str | None:
+    """Lowest and highest mean loss over the initial rates; of schedulers with several, and of Prodigy, which has none."""
+    losses = [_final_loss(cell) for cell in study.cells(scheduler)]
+    if len(losses) < 2 and not (losses and scheduler == "prodigy"):
+        return None
+    return " to ".join(dict.fromkeys(format_number(loss, 3) for loss in (min(losses), max(losses))))
 
 
 def _but_prodigy(schedulers: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """
 The bank: every group of small tasks, run once over a grid of peak rates.
 
-A run has a *regret*: 0 for the best run of its task's grid with linear decay, 1 for chance. Regret of averaged runs over
+A run has a *regret*: 0 for the best run of its task's grid with linear decay, 1 for a uniform guess. Regret of averaged runs over
 log peak rate is what the network is trained on, because it tells how much a wrong rate costs, which differs widely
 between tasks.
 """

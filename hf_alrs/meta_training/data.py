@@ -1,4 +1,4 @@
-"""Data of the synthetic tasks: inputs with latent classes, of which labels are coarser views."""
+"""Data of the population's tasks, synthetic but for scikit-learn's digits: latent classes, of which labels are coarser views."""
 
 from __future__ import annotations
 
@@ -80,6 +80,8 @@ def make_data(spec: TaskSpec, num_tasks: int) -> TaskData:
         if spec.imbalance:
             prior = torch.linspace(0, -spec.imbalance, num_classes).exp()
             prior = prior[torch.randperm(num_classes, generator=generator)]
+            # In the order of drawing, frequent classes first, so that the splits differ in their shares. To be shuffled with
+            # the next version of the population, which changes every bank.
             chosen = torch.multinomial(prior[labels], min(total, len(labels)), generator=generator)
         else:
             chosen = torch.randperm(len(labels), generator=generator)[:total]

@@ -1,4 +1,4 @@
-"""Declarative description of the synthetic tasks on which the network is meta-trained."""
+"""Declarative description of the small tasks on which the network is meta-trained."""
 
 from __future__ import annotations
 

@@ -521,7 +521,7 @@ def _refuse_trained_on(held_out: Sequence[int], states_from: Sequence[str]) -> N
 
 def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> dict[str, str]:
     """What a network's card says of its training and its measured regret."""
-    groups = f"{config.num_groups} groups of {config.num_tasks} synthetic tasks"
+    groups = f"{config.num_groups} groups of {config.num_tasks} small tasks"
     if config.num_long_groups:
         groups += f", {config.num_long_groups} groups of {config.num_long_tasks} longer ones"
     if config.num_extended_groups:
@@ -529,7 +529,8 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
     if config.num_short_groups:
         groups += f", {config.num_short_groups} groups of {config.num_long_tasks} shorter ones"
     training = (
-        f"{groups} (population version {POPULATION_VERSION}), {config.num_rounds} rounds of data aggregation with "
+        f"{groups} (population version {POPULATION_VERSION}; synthetic, but for scikit-learn's digits in nearly a fifth of the "
+        f"groups), {config.num_rounds} rounds of data aggregation with "
         f"{config.num_members} runs of each task, {config.num_iterations} iterations of the regression, seed "
         f"{config.seed}."
     )
@@ -545,9 +546,7 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
                 else "."
             )
         )
-    measured = (
-        "Regret (0: the best of 16 peak rates with linear decay, 1: chance) from 16 initial rates over 4.5 decades."
-    )
+    measured = "Regret (0: the best of 16 peak rates with linear decay, 1: a uniform guess) from 16 initial rates over 4.5 decades."
     kinds = {"": "", "long": " of longer runs", "extended": " of many epochs", "short": " of few steps"}
     for family, table in tables.items():
         measured += f" On {table['num_tasks']} held-out tasks{kinds[family]}: {_measured(table)}"

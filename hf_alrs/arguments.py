@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import os
 import re
 import shlex
 import shutil
@@ -17,16 +16,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from .baselines import BASELINES, MIN_EVALUATIONS
-from .config import ALRSConfig, InputError, read_yaml
+from .config import ALRSConfig, InputError, check_output_dir, read_yaml
 from .experiment import Task, find_baseline
 
 
 ENTRY_POINT_GROUP = "hf_alrs.tasks"
 SAMPLE = "sample"
-# They say of themselves that they can be written, and hold no files.
-_NO_FILES = (("/", "proc"), ("/", "sys"))
 
 
 @dataclass
@@ -135,11 +134,28 @@ class CompareArguments:
         for rate in self.learning_rates:
             if not (0 < rate < float("inf")):
                 raise InputError("learning_rates", rate, "must be finite and above 0.", "Give for example 1e-4 1e-3.")
-        for name in ("jobs", "num_evaluations"):
-            if getattr(self, name) < 1:
-                raise InputError(name, getattr(self, name), "must be at least 1.", "Use 1 or more.")
+        if len({f"{rate:g}" for rate in self.learning_rates}) < len(set(self.learning_rates)):
+            rule = "must differ within six digits, which name the file of a run."
+            raise InputError("learning_rates", self.learning_rates, rule, "Leave one of them out.")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise InputError("seeds", seed, "must be at least 0 and below 2**32.", "Give for example 0 1 2.")
+        for name in ("jobs", "num_evaluations", "subset_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(name, value, "must be at least 1.", "Use 1 or more.")
+        check_target(self.target)
         if self.launcher:
             _check_launcher(self.launcher)
+
+
+def check_target(target: float | None) -> None:
+    """
+    Raises:
+        `InputError`: If it is no number that a score can reach.
+    """
+    if target is not None and not math.isfinite(target):
+        raise InputError("target", target, "must be a finite number.", "Give a score such as 0.9.")
 
 
 def _check_launcher(launcher: str) -> None:
@@ -216,6 +232,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise InputError("config", str(path), "is not a mapping of options.", "Write `option: value` lines.")
+    if "config" in recipe:
+        raise InputError("config", recipe["config"], f"{path} names another recipe.", "Put its options here.")
+    if "task" in recipe:  # as the command line may spell it
+        recipe = {("task_name" if key == "task" else key): value for key, value in recipe.items()}
     return recipe
 
 
@@ -253,11 +273,14 @@ class _Parser(HfArgumentParser):
         self._recipe, self._path = recipe, path
 
     def error(self, message: str) -> NoReturn:
-        named = re.findall(r"--([\w-]+)", message)
-        from_file = [name for name in named if name.replace("-", "_") in self._recipe]
+        named = list(dict.fromkeys(name.replace("-", "_") for name in re.findall(r"--([\w-]+)", message)))
+        from_file = [name for name in named if name in self._recipe]
         where = f" It is given in {self._path}." if from_file else ""
         raise InputError(
-            "options", " ".join(named), f"{message}.{where}", "Correct it; `--help` lists the options."
+            "options",
+            " ".join(named) or message.rpartition(": ")[2],
+            f"{message}.{where}",
+            "Correct it; `--help` lists the options.",
         ) from None
 
 
@@ -307,7 +330,11 @@ def parse(
     except InputError:
         raise
     except (ValueError, ImportError) as error:  # what TrainingArguments finds
-        raise InputError("options", " ".join(rest), f"do not go together: {error}", "Correct them.") from error
+        named = [name for name in re.findall(r"\w+", str(error)) if name in changed]
+        field, value = (named[0], changed[named[0]]) if named else ("options", " ".join(rest))
+        where = f" Options are given in {known.config}, too." if recipe else ""
+        rule = f"is refused: {str(error).strip().rstrip('.')}.{where}"
+        raise InputError(field, value, rule, "Correct it, or what goes with it.") from error
     for values in parsed:
         if isinstance(values, TrainingArguments):
             _check_training(values)
@@ -321,7 +348,20 @@ def _check_training(args: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "must be at least 1.", "Use 1 or more.")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_epsilon", "weight_decay", "dataloader_num_workers"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(name, getattr(args, name), "must be at least 0.", "Leave it out.")
+    for strategy, name in (
+        ("eval_strategy", "eval_steps"),
+        ("save_strategy", "save_steps"),
+        ("logging_strategy", "logging_steps"),
+    ):
+        steps = getattr(args, name)
+        if getattr(args, strategy) == IntervalStrategy.STEPS and not (steps is not None and 0 < steps < math.inf):
+            raise InputError(
+                name, steps, "must be above 0: steps, or below 1 a share of the run.", "Give for example 500."
+            )
+    for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "must be at least 0 and below 1.", "Leave it out.")
     if args.max_steps <= 0 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
@@ -331,8 +371,8 @@ def _check_training(args: TrainingArguments) -> None:
         raise InputError(
             "resume_from_checkpoint", checkpoint, "is no folder.", "Leave it out to go on from the last one."
         )
-    folder = Path(args.output_dir).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK) or existing.parts[:2] in _NO_FILES:
-        what = "no folder" if not existing.is_dir() else "not writable"
-        raise InputError("output_dir", args.output_dir, f"{existing} is {what}.", "Give another one.")
+    if checkpoint is not None and not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+        raise InputError(
+            "resume_from_checkpoint", checkpoint, f"holds no {TRAINER_STATE_NAME}.", "Give a checkpoint's folder."
+        )
+    check_output_dir(args.output_dir)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -146,12 +146,7 @@ class ALRSCallback(TrainerCallback):
         if resumed is not None:
             scheduler.load_state_dict(resumed)
         elif state.global_step > 0:
-            raise InputError(
-                "resume_from_checkpoint",
-                state.global_step,
-                "the checkpoint at this step holds no state of ALRS.",
-                "Resume without the callback, or start a new output_dir; save with the callback and without save_only_model.",
-            )
+            _refuse_without_state(state.global_step)
         own_state_dict = type(lr_scheduler).state_dict
         lr_scheduler.step = scheduler.step
         lr_scheduler.get_last_lr = scheduler.get_last_lr
@@ -261,6 +256,15 @@ class ALRSCallback(TrainerCallback):
                 file.writelines(_json_line(entry) for entry in entries)
 
 
+def _refuse_without_state(step: int) -> NoReturn:
+    raise InputError(
+        "resume_from_checkpoint",
+        step,
+        "the checkpoint at this step holds no state of ALRS.",
+        "Resume without ALRS, or start a new output_dir; save with ALRS and without save_only_model.",
+    )
+
+
 def read_scheduler_state(checkpoint: str | None) -> dict[str, Any]:
     """
     The scheduler's state in a checkpoint, empty where there is none.
@@ -325,13 +329,9 @@ class ALRSTrainer(Trainer):
 
     def __init__(self, *args: Any, alrs_config: ALRSConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if any(isinstance(callback, ALRSCallback) for callback in self.callback_handler.callbacks):
-            raise InputError(
-                "callbacks",
-                "ALRSCallback",
-                "must not be given to ALRSTrainer, which has one.",
-                "Leave it out and pass its config as alrs_config, or use Trainer.",
-            )
+        self._refuse_callbacks(0)
+        if not isinstance(alrs_config, (ALRSConfig, type(None))):
+            raise InputError("alrs_config", alrs_config, "must be an ALRSConfig.", "Write ALRSConfig(...).")
         self.alrs_config = alrs_config or ALRSConfig()
         _refuse_deepspeed_scheduler(self.args)
         self.alrs_callback = ALRSCallback(self.alrs_config)
@@ -341,20 +341,32 @@ class ALRSTrainer(Trainer):
         if indexed and has_length(split):
             self.alrs_callback.evaluate_controller = self._evaluate_controller
         self._controller_loader: Any = None
+        self._num_batches: int | None = None
         self.add_callback(self.alrs_callback)
 
+    def _refuse_callbacks(self, allowed: int) -> None:
+        if sum(isinstance(callback, ALRSCallback) for callback in self.callback_handler.callbacks) > allowed:
+            raise InputError(
+                "callbacks",
+                "ALRSCallback",
+                "must not be given to ALRSTrainer, which has one.",
+                "Leave it out and pass its config as alrs_config, or use Trainer.",
+            )
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_callbacks(1)  # one that was added later would observe every loss a second time
         prepare_again(self)
         return super().train(*args, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:
+        # Of the loader that is trained from, which may be the script's own
+        self._num_batches = len(dataloader) if has_length(dataloader) else None
+        return super().set_initial_training_values(args, dataloader, *rest, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            num_batches = None
-            if has_length(self.train_dataset):
-                batches = len(self.train_dataset) / (self.args.train_batch_size * self.args.world_size)
-                num_batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
             self.lr_scheduler = get_scheduler(
                 "alrs",
                 optimizer if optimizer is not None else self.optimizer,
@@ -362,7 +374,7 @@ class ALRSTrainer(Trainer):
                 num_training_steps=num_training_steps,
                 scheduler_specific_kwargs={
                     "config": _config_of_run(self.alrs_config, self.args),
-                    "steps_per_epoch": steps_per_epoch(self.args, num_batches),
+                    "steps_per_epoch": steps_per_epoch(self.args, self._num_batches),
                     "model": self.model,
                 },
             )
@@ -380,11 +392,13 @@ class ALRSTrainer(Trainer):
                 self._eval_dataloaders = kept if kept is not None else {}
             # Neither a bar nor an early-stopping callback is to take this for an evaluation that the script asked for.
             callbacks, self.callback_handler.callbacks = self.callback_handler.callbacks, []
+            generates = getattr(self.args, "predict_with_generate", False)
             try:
                 output = self.evaluation_loop(
                     self._controller_loader,
                     description="Controller",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    # Generating costs many times a forward pass
+                    prediction_loss_only=True if self.compute_metrics is None or generates else None,
                     metric_key_prefix=self.alrs_config.controller_metric_prefix,
                 )
             finally:
@@ -427,7 +441,8 @@ class ALRSTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        read_scheduler_state(checkpoint)
+        if not read_scheduler_state(checkpoint) and checkpoint is not None and self.state.global_step > 0:
+            _refuse_without_state(self.state.global_step)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

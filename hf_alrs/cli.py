@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .arguments import installed_tasks
+from .arguments import check_target, installed_tasks
 from .comparison import compare
-from .config import InputError
+from .config import InputError, check_output_dir
 from .evidence.command import evidence_command
 from .experiment import Task
 from .matrix import environment
@@ -63,6 +63,7 @@ def _command_compare(arguments: Sequence[str]) -> None:
 
 
 def _command_tasks(arguments: Sequence[str]) -> None:
+    argparse.ArgumentParser(prog="hf-alrs tasks", description="List the installed tasks.").parse_args(arguments)
     for name, task in installed_tasks().items():
         print(f"{name:12} {task.kind:8} {task.description}")
 
@@ -90,6 +91,8 @@ def _command_report(arguments: Sequence[str]) -> None:
     parser.add_argument("--target", type=float, default=None, help="Score to time every run to, such as 0.9.")
     options = parser.parse_args(arguments)
     output_dir = options.output_dir or options.results_dir[0]
+    check_target(options.target)
+    check_output_dir(output_dir)
     summary = build_report(options.results_dir, output_dir, target=options.target)
     if len(options.results_dir) > 1:
         board = build_leaderboard(load_runs(options.results_dir), [str(folder) for folder in options.results_dir])

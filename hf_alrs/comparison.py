@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 
 from .arguments import SAMPLE, ALRSArguments, CompareArguments, RunArguments, parse
 from .config import InputError
-from .experiment import DataArguments, Task
+from .experiment import DataArguments, Task, find_baseline
 from .matrix import Experiment, RunSpec, build_matrix, missing, refuse_other_settings, run_matrix
 from .report import build_report
-from .run import print_dictionary, set_up_logging, take_token
+from .run import check_network, print_dictionary, set_up_logging, take_token
 
 
 def read_comparison(
@@ -40,6 +40,14 @@ def read_comparison(
             "a comparison trains many models and keeps none.",
             "Publish its results with `hf-alrs publish`, or push the model of a single run.",
         )
+    for option in ("resume_from_checkpoint", "do_predict"):
+        if changed.get(option):
+            rule = "is of a single run; a comparison goes on with what is stored, and predicts nothing."
+            raise InputError(option, changed[option], rule, "Leave it out.")
+    if "scheduler" in changed:
+        if "schedulers" in changed:
+            raise InputError("scheduler", alrs.scheduler, "is given beside schedulers.", "Put it among --schedulers.")
+        matrix.schedulers = [alrs.scheduler]
     if args.world_size > 1:
         raise InputError(
             "schedulers",
@@ -73,9 +81,16 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
     rates = matrix.learning_rates or [args.learning_rate]
     specs = build_matrix(name, matrix.schedulers, rates, matrix.seeds)
     refuse_other_settings(experiment, name, output_dir)
+    check_network(matrix.schedulers, experiment.alrs_config)
+    if (
+        stepped := [s for s in matrix.schedulers if find_baseline(s).needs_evaluation]
+    ) and not experiment.data.controller_split:
+        rule = f"{stepped[0]} is stepped with the loss on the controller's split."
+        raise InputError("controller_split", experiment.data.controller_split, rule, "Set --controller_split 0.1.")
     left = missing(specs, output_dir)
     print(
-        f"{len(specs)} runs: {len(matrix.schedulers)} schedulers x {len(rates)} rates x {len(matrix.seeds)} seeds; "
+        f"{len(specs)} runs: {len(set(matrix.schedulers))} schedulers x {len(set(rates))} rates x "
+        f"{len(set(matrix.seeds))} seeds; "
         f"{len(specs) - len(left)} are stored in {output_dir}, {len(left)} are left.",
         flush=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,24 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.rule, self.remedy)
+
+
+# They say of themselves that they can be written, and hold no files.
+_NO_FILES = (("/", "proc"), ("/", "sys"))
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """
+    Raises:
+        `InputError`: If no files can be written there.
+    """
+    if not str(output_dir):
+        raise InputError("output_dir", output_dir, "is empty.", "Give a folder, `.` for this one.")
+    folder = Path(output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK) or existing.parts[:2] in _NO_FILES:
+        what = "no folder" if not existing.is_dir() else "not writable"
+        raise InputError("output_dir", str(output_dir), f"{existing} is {what}.", "Give another one.")
 
 
 _MAX_YAML_BYTES, _MAX_YAML_DEPTH = 2**20, 32

@@ -539,9 +539,11 @@ class ALRSController:
         optimizer = torch.optim.Adam(parameters, lr=self.config.meta_learning_rate, eps=epsilon, fused=True)
         loss = torch.zeros(())
         for _ in range(num_epochs * max(batches, len(rows) // self.config.meta_batch_size)):
-            chosen = torch.randint(len(rows), (self.config.meta_batch_size,), generator=generator)
-            noise = _JITTER * torch.randn((len(chosen), features.shape[1]), generator=generator)
-            output = self.network.correction(features[chosen] + noise)
+            chosen = torch.randint(len(rows), (self.config.meta_batch_size,), generator=generator, device="cpu")
+            noise = torch.randn(
+                (len(chosen), features.shape[1]), generator=generator, dtype=torch.float32, device="cpu"
+            )
+            output = self.network.correction(features[chosen] + _JITTER * noise)
             loss = F.smooth_l1_loss(output, targets[chosen])
             for p in parameters:
                 p.grad = None

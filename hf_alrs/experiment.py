@@ -184,6 +184,26 @@ def find_baseline(name: str) -> Baseline:
     return BASELINES[name]
 
 
+def _metric_for_best(metric: str | None, prepared: PreparedTask) -> str:
+    """The metric that the best checkpoint is chosen by, on the controller's split: never on the one that is reported."""
+    if prepared.controller_dataset is None:
+        raise InputError(
+            "load_best_model_at_end",
+            True,
+            "the best is chosen on the controller's split.",
+            "Set --controller_split 0.1.",
+        )
+    name = (metric or "loss").removeprefix("eval_")
+    if name.startswith(f"{HELD_OUT}_"):
+        rule = "is measured on the split that is reported, which chooses nothing."
+        raise InputError("metric_for_best_model", metric, rule, f"Give {name.removeprefix(f'{HELD_OUT}_')}.")
+    return f"eval_{CONTROLLER}_{name.removeprefix(f'{CONTROLLER}_')}"
+
+
+def _has_one_logit(prepared: PreparedTask, model: torch.nn.Module) -> bool:
+    return prepared.label_names is None or getattr(getattr(model, "classifier", None), "out_features", None) == 1
+
+
 def build_trainer(
     prepared: PreparedTask,
     model: torch.nn.Module,
@@ -223,6 +243,15 @@ def build_trainer(
         args.greater_is_better = False
         if args.eval_strategy == IntervalStrategy.NO:
             args.eval_strategy = IntervalStrategy.EPOCH
+    elif args.load_best_model_at_end:
+        args.metric_for_best_model = _metric_for_best(args.metric_for_best_model, prepared)
+    if args.label_smoothing_factor > 0 and _has_one_logit(prepared, model):
+        raise InputError(
+            "label_smoothing_factor",
+            args.label_smoothing_factor,
+            f"smooths over the logits of the classes, and {type(model).__name__} has one logit.",
+            "Leave it out.",
+        )
     eval_datasets = {HELD_OUT: prepared.eval_dataset}
     if prepared.controller_dataset is not None:
         eval_datasets = {CONTROLLER: prepared.controller_dataset, **eval_datasets}

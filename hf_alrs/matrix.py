@@ -124,9 +124,9 @@ class Experiment:
 def build_matrix(
     task: str, schedulers: Iterable[str], learning_rates: Iterable[float], seeds: Iterable[int]
 ) -> list[RunSpec]:
-    """All cells, seed by seed, so that an interrupted matrix has complete pairs."""
+    """All cells, each once, seed by seed, so that an interrupted matrix has complete pairs."""
     cells = itertools.product(seeds, learning_rates, schedulers)
-    return [RunSpec(task, scheduler, rate, seed) for seed, rate, scheduler in cells]
+    return list(dict.fromkeys(RunSpec(task, scheduler, rate, seed) for seed, rate, scheduler in cells))
 
 
 def run_cell(
@@ -137,7 +137,8 @@ def run_cell(
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
     """
-    One run, as a record that `results_schema.json` describes. An exception of the training is recorded, not raised.
+    One run, as a record that `results_schema.json` describes. An exception of the training is recorded, not raised, but for
+    an `InputError`.
 
     Args:
         experiment (`Experiment`): What all cells share.
@@ -191,6 +192,8 @@ def run_cell(
         trainer.train(resume_from_checkpoint=checkpoint)
         record["results"] = _evaluate_all(trainer, evaluation_sets) | {"epoch": trainer.state.epoch}
         recorder.average_over_processes()
+    except InputError:  # of what all cells share: no outcome of this one
+        raise
     except Exception as error:
         record["status"] = "failed"
         record["error"] = f"{type(error).__name__}: {error}"
@@ -577,6 +580,9 @@ def _parallel_records(
                 record = future.result()
             except BrokenProcessPool:
                 killed.append(spec)
+            except InputError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
             else:
                 yield spec, record
     # A process that is killed takes the whole pool with it, and its cell is not known: each gets a pool of its own.

@@ -8,7 +8,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,22 @@ import transformers
 import yaml
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from . import cards, hub
 from .arguments import ALRSArguments, RunArguments, parse, read_recipe, task_recipe
-from .callback import HISTORY_NAME
+from .callback import CONTROLLER, HISTORY_NAME
 from .config import ALRSConfig, InputError
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
 from .matrix import environment, split_sizes
+from .network import load_network
 
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Options that say how a run is watched, kept and scored, not how it trains
 _WATCHING = re.compile(
     r"(eval_.*|save_.*|logging_.*|dataloader_(num|pin|pers|pre).*|per_device_eval_.*|max_eval_samples)"
@@ -53,8 +55,8 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     # What the task's recipe says and someone set back to the default is no difference from the default, and one from it.
     settings = vars(args) | vars(alrs) | vars(data)
     options = {key: settings[key] for key in task_recipe(task, data.dataset_name, data.model_type)} | changed
-    find_baseline(alrs.scheduler)
     config = alrs.to_config(args.seed)
+    check_network([alrs.scheduler], config)
     args.dataloader_pin_memory = args.dataloader_pin_memory and args.device.type != "cpu"
     set_up_logging(args)
     # TrainingArguments turns do_eval on by itself where eval_strategy is set: ask what was given.
@@ -80,6 +82,16 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     return _train_prepared(task, prepared, alrs.scheduler, args, config, on_end)
 
 
+def check_network(schedulers: Iterable[str], config: ALRSConfig) -> None:
+    """
+    Raises:
+        `InputError`: If a scheduler is unknown, or the network that drives it cannot be loaded.
+    """
+    changes = [find_baseline(name).alrs_config for name in schedulers]
+    for own in (replace(config, **change) for change in changes if change is not None):
+        load_network(own.network, own.hidden_sizes, own.seed)
+
+
 def _keep_recipe(folder: Path, recipe: dict[str, Any], args: TrainingArguments) -> None:
     """
     Writes down which run the folder is of.
@@ -89,7 +101,7 @@ def _keep_recipe(folder: Path, recipe: dict[str, Any], args: TrainingArguments) 
     """
     path = folder / cards.RECIPE_FILE
     recipe = yaml.safe_load(yaml.safe_dump(recipe))
-    begun = any(_last_checkpoint(str(f)) for f in (folder, *folder.glob("fold-*")))
+    begun = any(_last_checkpoint(f) for f in (folder, *folder.glob("fold-*")))
     if path.is_file() and begun and args.resume_from_checkpoint is None:
         earlier = read_recipe(path)
         for name in (name for name in {**recipe, **earlier} if not _WATCHING.fullmatch(name)):
@@ -223,33 +235,35 @@ def _train_prepared(
     on_end: Callable[[Trainer], None] | None = None,
 ) -> dict[str, float]:
     _print_plan(task, prepared, args, scheduler)
+    _check_with_data(prepared, args)
     set_seed(args.seed)
     trainer = build_trainer(prepared, prepared.model_init(), args, scheduler, config)
     for callback in trainer.callback_handler.callbacks:
         # Its own default is known only when training begins, and the evaluation before it would go to ./runs
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
-    checkpoint = args.resume_from_checkpoint or _last_checkpoint(args.output_dir)
+    checkpoint = args.resume_from_checkpoint or _last_checkpoint(Path(args.output_dir))
     metrics: dict[str, float] = {}
     if args.do_eval and args.do_train and checkpoint is None:
         before = _evaluate(trainer, prepared)
         before.pop("epoch", None)  # none has passed
+        best = (args.metric_for_best_model or "").replace(f"eval_{CONTROLLER}_", "eval_", 1)
+        if args.load_best_model_at_end and best not in before:
+            scores = [key.removeprefix("eval_") for key in before if not key.endswith(("runtime", "_per_second"))]
+            known = ", ".join(scores)
+            rule = f"is no metric of this task, which has {known}."
+            raise InputError("metric_for_best_model", best.removeprefix("eval_"), rule, "Take one of them.")
         trainer.save_metrics("benchmark", before, combined=False)
         print_dictionary("Benchmark Results (before training)", before)
     if args.do_train:
         if checkpoint is not None:
             logger.warning("Resuming from %s; give another --output_dir to start afresh.", checkpoint)
+        steps_before = (
+            _steps_of(checkpoint) if checkpoint is not None else 0
+        )  # its folder may be gone after the training
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.state.global_step == 0:
-            raise InputError(
-                "per_device_train_batch_size",
-                args.per_device_train_batch_size,
-                f"no batch of it comes out of the {split_sizes(prepared)['train']:,} training examples, so that nothing "
-                "was trained.",
-                "Lower it, or leave out dataloader_drop_last.",
-            )
         trainer.save_model()
-        if checkpoint is not None and trainer.state.global_step == _steps_of(checkpoint):
+        if trainer.state.global_step == steps_before:
             logger.warning("The run in %s was at its end already: nothing was trained.", args.output_dir)
         else:
             trainer.log_metrics("train", result.metrics)
@@ -268,6 +282,17 @@ def _train_prepared(
     if args.do_train and on_end is not None and trainer.is_world_process_zero():
         on_end(trainer)
     return metrics
+
+
+def _check_with_data(prepared: PreparedTask, args: TrainingArguments) -> None:
+    """What would otherwise be found after the training, or by it in words of its own."""
+    number, size = split_sizes(prepared)["train"], args.train_batch_size * args.world_size
+    if args.do_train and args.dataloader_drop_last and number < size:
+        rule = f"no whole batch comes out of the {number:,} training examples for {args.world_size} process(es)."
+        remedy = "Lower it, or leave out dataloader_drop_last."
+        raise InputError("per_device_train_batch_size", args.per_device_train_batch_size, rule, remedy)
+    if args.do_predict and prepared.predict_dataset is None:
+        raise InputError("do_predict", True, "this dataset has no unlabelled split.", "Leave --do_predict out.")
 
 
 def _evaluate(trainer: Trainer, prepared: PreparedTask) -> dict[str, float]:
@@ -309,8 +334,29 @@ def print_dictionary(title: str, metrics: Mapping[str, float]) -> None:
     print(f"\n{title}:\n" + json.dumps(dict(metrics), indent=4), flush=True)
 
 
-def _last_checkpoint(output_dir: str) -> str | None:
-    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: a run that was killed while it saved leaves a part of one."""
+    found = [
+        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        if damage := _damage(path):
+            logger.warning("%s is left out: %s.", path, damage)
+        else:
+            return str(path)
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint as it lies there, if something is."""
+    try:
+        _steps_of(str(checkpoint))
+    except (OSError, ValueError, TypeError) as error:
+        return f"it has no whole {TRAINER_STATE_NAME}, which is saved last ({type(error).__name__})"
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):  # archives, whose directory is at their end
+        if (checkpoint / name).is_file() and not zipfile.is_zipfile(checkpoint / name):
+            return f"its {name} is cut off"
+    return None
 
 
 def _steps_of(checkpoint: str) -> int:
@@ -318,8 +364,6 @@ def _steps_of(checkpoint: str) -> int:
 
 
 def _predict(trainer: Trainer, prepared: PreparedTask) -> None:
-    if prepared.predict_dataset is None:
-        raise InputError("do_predict", True, "this dataset has no unlabelled split.", "Leave --do_predict out.")
     logits = trainer.predict(prepared.predict_dataset, metric_key_prefix="predict").predictions
     if not trainer.is_world_process_zero():
         return

@@ -89,6 +89,8 @@ class ALRSScheduler(LRScheduler):
         steps_per_epoch: int | None = None,
         model: torch.nn.Module | None = None,
     ):
+        if not isinstance(config, (ALRSConfig, type(None))):
+            raise InputError("config", config, "must be an ALRSConfig.", "Write ALRSConfig(...).")
         self.config = config or ALRSConfig()
         self.model = model
         inner = unwrapped_optimizer(optimizer)
@@ -127,7 +129,7 @@ class ALRSScheduler(LRScheduler):
         self._buffer_names = list(buffers)
         if self.config.average_weights:
             self._average = WeightAverage(self._parameters, model, num_training_steps)
-            inner.eval, inner.train = self.show_average, self.hide_average
+            inner.eval, inner.train = self.show_average, self._train_on
         self._snapshot: dict[str, Any] | None = None
         self._good: dict[str, Any] | None = None  # what a rollback goes back to, on the CPU
         self._told: set[str] = set()
@@ -157,13 +159,16 @@ class ALRSScheduler(LRScheduler):
         Takes live metrics of the optimizer step under way. No device synchronisation happens here.
 
         Args:
-            loss (`torch.Tensor` or `float`, *optional*): Mean loss of the batch, before any division for gradient
-                accumulation; with accumulation call once per micro-batch, and the mean is taken.
+            loss (`torch.Tensor` or `float`, *optional*): Mean loss of the batch (of a tensor with several elements the
+                mean is taken), before any division for gradient accumulation; with accumulation call once per
+                micro-batch, and the mean is taken.
             is_share (`bool`, *optional*, defaults to `False`): Whether the losses of the micro-batches add up to that
                 of the step instead, as those that are divided by `num_items_in_batch` do.
             grad_norm (`torch.Tensor` or `float`, *optional*): Norm of the gradient before clipping, for the history.
         """
         if loss is not None:
+            if isinstance(loss, torch.Tensor) and loss.dim() > 0:
+                loss = loss.detach().mean()
             if self._loss is not None:
                 self._loss = self._loss + (loss.detach() if isinstance(loss, torch.Tensor) else loss)
             else:  # a copy, as the caller may write the next loss into the same memory before this one is read
@@ -273,8 +278,13 @@ class ALRSScheduler(LRScheduler):
         if self._average is not None:
             self._average.show()
 
+    def _train_on(self) -> None:
+        """The optimizer's `train()`: after the last step the averaged weights stay, which are what the run leaves."""
+        if self._steps < self.controller.num_training_steps:
+            self.hide_average()
+
     def hide_average(self) -> None:
-        """Puts the trained weights back; also the optimizer's `train()`."""
+        """Puts the trained weights back."""
         if self._average is not None and self._average.in_model:
             self._average.hide()
 
@@ -338,13 +348,32 @@ class ALRSScheduler(LRScheduler):
 
     # What happens around the optimizer's step
 
-    def _before_optimizer_step(self, *_: Any) -> None:
+    def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self.hide_average()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._look_at_gradients()
+            return None
+        seen = False
+
+        def closure_and_look() -> Any:  # whose gradients the step is made from
+            nonlocal seen
+            loss = closure()
+            if not seen:
+                seen = True
+                self._look_at_gradients()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_and_look}
+        return (args[0], closure_and_look, *args[2:]), kwargs
+
+    def _look_at_gradients(self) -> None:
         # A fused optimizer is called with mixed precision's scale and verdict, and unscales, or skips, by itself.
         skipped = getattr(self._inner, "found_inf", None)
         if skipped is not None and float(skipped) != 0:
             return
         start = time.perf_counter()
-        self.hide_average()
         scale = getattr(self._inner, "grad_scale", None)
         step = self._optimizer_steps
         if step == 0 and self._recorder.initial is None:

@@ -123,13 +123,18 @@ class SignalRecorder:
         sizes = [len(range(0, p.numel(), stride)) for p, stride in zip(self.parameters, self._strides, strict=True)]
         # sqrt(n / subsample) on both factors of a product makes the sum over the subsample an unbiased estimate
         self._scale = torch.cat(
-            [torch.full((k,), math.sqrt(p.numel() / k)) for k, p in zip(sizes, self.parameters, strict=True)]
+            [
+                torch.full((k,), math.sqrt(p.numel() / k), dtype=torch.float32)
+                for k, p in zip(sizes, self.parameters, strict=True)
+            ]
         ).to(self.device)
         self._all_read = all(stride == 1 for stride in self._strides)  # the scale is 1 everywhere
         self._one_device = all(p.device == self.device for p in self.parameters)
         self._sizes = torch.tensor(sizes, device=self.device)
         # Weight of each tensor in a mean over the matrices
-        is_matrix = torch.tensor([float(p.dim() > 1) for p in self.parameters], device=self.device)
+        is_matrix = torch.tensor(
+            [float(p.dim() > 1) for p in self.parameters], dtype=torch.float32, device=self.device
+        )
         num_matrices = sum(p.dim() > 1 for p in self.parameters)
         self._matrix_share = is_matrix / max(num_matrices, 1)
         # Of sharded parameters alone; the others are whole on every process

@@ -336,6 +336,12 @@ class Encoder:
                 f"{name} reads at most {limit} tokens.",
                 f"Give --max_seq_length {limit} or less.",
             )
+        least = tokenizer.num_special_tokens_to_add(pair=len(problem.columns) > 1) + len(problem.columns)
+        if arguments.max_seq_length is not None and arguments.max_seq_length < least:
+            rule = f"leaves no room for a token of the text beside the {least - len(problem.columns)} special ones of {name}."
+            raise InputError(
+                "max_seq_length", arguments.max_seq_length, rule, f"Give --max_seq_length {least} or more."
+            )
         return cls(name, config, tokenizer, min(arguments.max_seq_length or problem.max_seq_length, limit))
 
     def model_init(self, label_names: Sequence[str] | None) -> Callable[[], PreTrainedModel]:

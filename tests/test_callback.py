@@ -90,6 +90,39 @@ ROUTES = ["callback", "trainer"]
 routes = pytest.mark.parametrize("route", ROUTES)
 
 
+def test_the_length_of_an_epoch_is_that_of_the_loader(tmp_path: Path, moving_config: Config) -> None:
+    def with_loader(cls: type) -> type:
+        class OwnLoader(cls):
+            def get_train_dataloader(self) -> Any:
+                loader = torch.utils.data.DataLoader(self.train_dataset, 4, collate_fn=self.data_collator)
+                return self.accelerator.prepare(loader)
+
+        return OwnLoader
+
+    args = {"per_device_train_batch_size": 16, "num_train_epochs": 2.0, "max_steps": -1}
+    config = moving_config(decision_interval="epoch")
+    callback = ALRSCallback(config)
+    plain = with_loader(Trainer)(
+        tiny_classifier(), arguments(tmp_path, **args), train_dataset=tiny_dataset(64), callbacks=[callback]
+    )
+    own = with_loader(ALRSTrainer)(
+        tiny_classifier(), arguments(tmp_path, **args), train_dataset=tiny_dataset(64), alrs_config=config
+    )
+    plain.train()
+    own.train()
+    for scheduler in (callback.scheduler, own.alrs_callback.scheduler):
+        assert scheduler.controller.num_training_steps == 32
+        assert scheduler.controller.num_epochs == 2.0
+        assert scheduler.controller.decision_interval == 16
+
+
+def test_a_callback_that_is_added_to_alrs_trainer_is_refused(tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer("trainer", arguments(tmp_path), moving_config())
+    trainer.add_callback(ALRSCallback())
+    with pytest.raises(InputError, match="must not be given to ALRSTrainer"):
+        trainer.train()
+
+
 # Rates and history
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ from hf_alrs.arguments import (
     read_recipe,
     task_recipe,
 )
+from hf_alrs.callback import ALRSCallback
 from hf_alrs.cli import train_or_compare
+from hf_alrs.comparison import read_comparison
 from hf_alrs.config import InputError
 from hf_alrs.experiment import DataArguments
 from hf_alrs.run import train
@@ -227,7 +230,17 @@ def test_vision_script_end_to_end(tmp_path: Path) -> None:
         (["--num_train_epochs", "-1"], "num_train_epochs=-1.0"),
         (["--resume_from_checkpoint", "/nope"], "resume_from_checkpoint='/nope'"),
         (["--output_dir", __file__], "output_dir='"),
-        (["--load_best_model_at_end", "True", "--eval_strategy", "no"], "do not go together"),
+        (["--load_best_model_at_end", "True", "--eval_strategy", "no"], "load_best_model_at_end=True: is refused"),
+        (["--warmup_steps=-5"], "warmup_steps=-5.0: is refused"),
+        (["--output_dir="], "output_dir='': is empty"),
+        (["--output_dir=/proc/x"], "output_dir='/proc/x'"),
+        (["--label_smoothing_factor", "1"], "label_smoothing_factor=1.0"),
+        (["--adam_epsilon=-1"], "adam_epsilon=-1.0"),
+        (["--weight_decay=-1"], "weight_decay=-1.0"),
+        (["--dataloader_num_workers=-1"], "dataloader_num_workers=-1"),
+        (["--eval_strategy=steps", "--eval_steps=-5"], "eval_steps=-5"),
+        (["extra"], "options='extra': unrecognized arguments: extra."),
+        (["--learning-rate", "abc"], "options='learning_rate'"),
     ],
 )
 @pytest.mark.parametrize("several", [False, True])
@@ -241,11 +254,131 @@ def test_training_arguments_that_cannot_work_are_refused(
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--network", "/nonexistent"], "network='/nonexistent'"), (["--hidden_sizes", "7"], "hidden_sizes=(7,)")],
+)
+def test_a_network_that_cannot_be_had_is_refused_before_anything_is_run(
+    options: list[str], message: str, several: bool, tmp_path: Path
+) -> None:
+    arguments = ["--dataset_name", "sample", "--output_dir", str(tmp_path), *options]
+    arguments += ["--schedulers", "linear", "alrs", "--seeds", "0"] if several else []
+    with pytest.raises(InputError) as refused:
+        train_or_compare(arguments, {"cifar10": TASKS["cifar10"]}, "cifar10")
+    assert message in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--seeds=-1"], "seeds=-1"),
+        (["--subset_eval_samples", "0"], "subset_eval_samples=0"),
+        (["--target", "nan"], "target=nan"),
+        (["--learning_rates", "1e-3", "0.0010000001"], "learning_rates=.*six digits"),
+        (["--schedulers", "greedy", "--controller_split", "0"], "controller_split=0.*greedy"),
+        (["--schedulers", "linear", "--scheduler", "cosine"], "scheduler='cosine': is given beside schedulers"),
+        (["--schedulers", "linear", "--do_predict"], "do_predict=True: is of a single run"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused(options: list[str], match: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=match):
+        cli.compare(["--dataset_name", "sample", "--output_dir", str(tmp_path), *options], TASKS, "titanic")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_scheduler_with_several_seeds_is_compared_with_itself(tmp_path: Path) -> None:
+    arguments = ["--dataset_name", "sample", "--output_dir", str(tmp_path), "--scheduler", "cosine"]
+    _, matrix, _, _ = read_comparison([*arguments, "--seeds", "0", "1"], TASKS, "titanic")
+    assert matrix.schedulers == ["cosine"]
+
+
+@pytest.mark.parametrize(
+    ("line", "match"), [("config: other.yaml", "config='other.yaml'"), ("tsk: imdb", "--tsk imdb")]
+)
+def test_a_recipe_with_a_key_that_means_nothing_is_refused(line: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{line}\nmax_steps: 1\n")
+    with pytest.raises(InputError, match=match):
+        train(["--config", str(path), "--dataset_name", "sample"], TASKS, "titanic")
+
+
+def test_a_recipe_may_spell_the_task_as_the_command_line_does(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("task: imdb\ndataset_name: sample\n")
+    types = (DataArguments, ALRSArguments, RunArguments, TrainingArguments)
+    assert parse(["--config", str(path)], types, TASKS, "titanic")[0].name == "imdb"
+
+
 def test_a_run_of_no_step_is_refused(tmp_path: Path) -> None:
     arguments = ["--dataset_name", "sample", "--output_dir", str(tmp_path), "--max_steps", "3"]
     arguments += ["--per_device_train_batch_size", "5000", "--dataloader_drop_last", "True"]
-    with pytest.raises(InputError, match=r"per_device_train_batch_size=5000.*nothing was trained"):
+    with pytest.raises(InputError, match=r"per_device_train_batch_size=5000.*no whole batch"):
         train(arguments, {"cifar10": TASKS["cifar10"]}, "cifar10")
+
+
+TABLE = ["--task", "titanic", "--dataset_name", "sample", "--fold", "0", "--num_train_epochs", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--do_train", "--do_predict"], "do_predict=True.*no unlabelled split"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1.*one logit"),
+        (
+            ["--load_best_model_at_end", "--metric_for_best_model", "f2"],
+            "metric_for_best_model='f2'.*loss, accuracy, f1",
+        ),
+        (
+            ["--load_best_model_at_end", "--metric_for_best_model", "held_out_loss"],
+            "split that is reported.*Give loss",
+        ),
+        (["--load_best_model_at_end", "--controller_split", "0"], "load_best_model_at_end.*--controller_split"),
+    ],
+)
+def test_what_the_data_rule_out_is_refused_before_training(options: list[str], match: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=match):
+        train([*TABLE, "--output_dir", str(tmp_path), *options], TASKS, "titanic")
+    assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "alrs_history.jsonl").exists()
+
+
+def test_the_best_model_is_chosen_on_the_controllers_split(tmp_path: Path) -> None:
+    options = ["--load_best_model_at_end", "--metric_for_best_model", "accuracy", "--num_train_epochs", "3"]
+    train([*TABLE, "--output_dir", str(tmp_path), *options], TASKS, "titanic")
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    measured = [
+        entry["eval_controller_accuracy"] for entry in state["log_history"] if "eval_controller_accuracy" in entry
+    ]
+    assert len(measured) >= 3 and state["best_metric"] == max(measured)
+
+
+def test_an_interrupted_run_that_keeps_one_checkpoint_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*TABLE, "--save_strategy", "steps", "--save_steps", "4", "--save_total_limit", "1"]
+    expected = train([*options, "--output_dir", str(tmp_path / "whole")], TASKS, "titanic")
+    on_step_end = ALRSCallback.on_step_end
+
+    def interrupt(self: Any, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        on_step_end(self, args, state, *rest, **kwargs)
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "interrupted"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ALRSCallback, "on_step_end", interrupt)
+        train([*options, "--output_dir", str(folder)], TASKS, "titanic")
+    # As a run that is killed while it saves: trainer_state.json comes last, and files may be cut off
+    for number, name in ((6, "trainer_state.json"), (8, "optimizer.pt")):
+        partial = shutil.copytree(folder / "checkpoint-4", folder / f"checkpoint-{number}")
+        content = (partial / name).read_bytes()
+        (partial / name).unlink() if number == 6 else (partial / name).write_bytes(content[: len(content) // 2])
+    assert train([*options, "--output_dir", str(folder)], TASKS, "titanic")["eval_loss"] == expected["eval_loss"]
+    names = ("train_results.json", "eval_results.json", "trainer_state.json", "README.md", "model.safetensors")
+    assert all((folder / name).is_file() for name in names)
+    histories = [(path / "alrs_history.jsonl").read_text() for path in (folder, tmp_path / "whole")]
+    assert histories[0] == histories[1]
 
 
 def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -135,15 +135,25 @@ def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp
 def test_a_failed_run_is_recorded_and_the_matrix_goes_on(
     experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(BASELINES, "broken", BASELINES["linear"].__class__("no_such_scheduler"))
+    monkeypatch.setitem(
+        BASELINES, "broken", BASELINES["linear"].__class__("polynomial", scheduler_kwargs={"power": "x"})
+    )
     specs = build_matrix("sample", ["broken", "linear"], [1e-3], [0])
     assert run_matrix(experiment, specs, tmp_path) == 1
     records = read(tmp_path)
     broken = records[specs[0].file_name]
     assert broken["status"] == "failed"
-    assert "no_such_scheduler" in broken["error"]
+    assert broken["error"].startswith("TypeError")
     validate_result(broken, "broken")
     assert records[specs[1].file_name]["status"] == "completed"
+
+
+@pytest.mark.parametrize("num_jobs", [1, 2])
+def test_wrong_input_is_no_outcome_of_a_run(num_jobs: int, experiment: Experiment, tmp_path: Path) -> None:
+    wrong = replace(experiment, arguments=experiment.arguments | {"label_smoothing_factor": 0.1})
+    with pytest.raises(InputError, match="label_smoothing_factor"):
+        run_matrix(wrong, build_matrix("sample", ["linear", "alrs"], [1e-3], [0]), tmp_path, num_jobs)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_two_jobs_give_the_same_numbers_as_one(experiment: Experiment, tmp_path: Path) -> None:

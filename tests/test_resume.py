@@ -241,6 +241,18 @@ def test_a_checkpoint_made_without_alrs_is_refused(route: str, network: str, tmp
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.reliability("checkpoint of an ALRS run with save_only_model: refused by both routes")
+@pytest.mark.parametrize("route", ["callback", "trainer"])
+def test_a_checkpoint_of_the_model_alone_is_refused(route: str, network: str, tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4, max_steps=4, save_only_model=True)
+    make_trainer(route, args, config_for(network)).train()
+    history = (tmp_path / "alrs_history.jsonl").read_text()
+    trainer = make_trainer(route, arguments(tmp_path), config_for(network))
+    with pytest.raises(InputError, match="holds no state of ALRS"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert (tmp_path / "alrs_history.jsonl").read_text() == history
+
+
 @pytest.mark.reliability("checkpoint of an ALRS run under another scheduler: refused with the remedy")
 def test_another_scheduler_does_not_go_on_with_a_checkpoint_of_alrs(network: str, tmp_path: Path) -> None:
     args = arguments(tmp_path, save_strategy="steps", save_steps=4, max_steps=4)

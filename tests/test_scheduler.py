@@ -305,6 +305,111 @@ def test_it_works_without_any_loss_and_says_so_once(moving_config: Config, monke
     assert "no loss has been observed" in warning and "scheduler.observe(loss=loss)" in warning
 
 
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closure_is_the_same_run(optimizer_class: type, keyword: bool, moving_config: Config) -> None:
+    histories = []
+    for with_closure in (False, True):
+        model = Line()
+        optimizer = optimizer_class(model.parameters(), lr=0.05)
+        scheduler = ALRSScheduler(optimizer, T, config=moving_config(), model=model)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(T):
+            x = torch.randn(8, generator=generator)
+
+            def closure(x: torch.Tensor = x, model: Line = model, optimizer: Any = optimizer) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, x)
+                loss.backward()
+                return loss
+
+            if with_closure:
+                loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+            else:
+                loss = closure()
+                optimizer.step()
+            scheduler.observe(loss=loss)
+            scheduler.step()
+        histories.append((scheduler.history, model.a.item()))
+    assert histories[0] == histories[1]
+
+
+def test_a_closure_that_is_called_often_is_one_step(moving_config: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    scheduler = ALRSScheduler(optimizer, T, config=moving_config())
+    for _ in range(T):
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, X)
+            loss.backward()
+            return loss
+
+        scheduler.observe(loss=optimizer.step(closure))
+        scheduler.step()
+    scheduler.flush()
+    assert [entry["step"] for entry in scheduler.history] == list(range(1, T + 1))
+    assert all(math.isfinite(value) for e in scheduler.history for value in e.get("features", {}).values())
+
+
+def test_the_averaged_weights_stay_after_the_last_step(moving_config: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=moving_config(), model=model)
+    train(model, optimizer, scheduler, T - 1)
+    optimizer.eval()
+    averaged = model.a.item()
+    optimizer.train()
+    assert model.a.item() != averaged, "in the middle of a run training goes on from the raw weights"
+    train(model, optimizer, scheduler, 1)
+    optimizer.eval()
+    averaged = model.a.item()
+    optimizer.train()
+    assert model.a.item() == averaged
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_no_matter(dtype: torch.dtype, moving_config: Config) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        scheduler = ALRSScheduler(optimizer, T, config=moving_config(max_signal_size=1), model=model)
+        for _ in range(T):
+            optimizer.zero_grad()
+            loss = model(torch.ones(4, 1)).square().mean()
+            loss.backward()
+            optimizer.step()
+            scheduler.observe(loss=loss)
+            scheduler.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert any(entry.get("network_change") for entry in scheduler.history)
+
+
+def test_the_mean_is_taken_of_a_loss_for_each_example(moving_config: Config) -> None:
+    histories = []
+    for reduce in (torch.mean, lambda loss: loss):
+        model = Line()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scheduler = ALRSScheduler(optimizer, T, config=moving_config())
+        for _ in range(T):
+            optimizer.zero_grad()
+            losses = (model(X) - 1).square()
+            losses.mean().backward()
+            optimizer.step()
+            scheduler.observe(loss=reduce(losses))
+            scheduler.step()
+        histories.append(scheduler.history)
+    assert histories[0] == histories[1]
+
+
+def test_a_configuration_of_another_type_is_refused() -> None:
+    with pytest.raises(InputError, match=r"config=.*must be an ALRSConfig"):
+        get_scheduler("alrs", sgd(), num_training_steps=T, scheduler_specific_kwargs={"config": {"gain": 1.0}})
+
+
 def test_losses_may_be_plain_numbers(moving_config: Config) -> None:
     histories = []
     for read in (lambda loss: loss, lambda loss: loss.item()):

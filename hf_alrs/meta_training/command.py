@@ -10,7 +10,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import ALRSConfig, InputError, read_yaml
+from ..config import ALRSConfig, InputError, check_output_dir, read_yaml
 from ..network import load_network
 from .evaluation import evaluate_network
 from .spec import POPULATION_VERSION
@@ -86,7 +86,9 @@ def meta_train_command(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of MetaTrainingConfig's fields.")
     options = parser.parse_args(arguments)
-    report = meta_train(read_config(options.config), _Lines())
+    config = read_config(options.config)
+    check_output_dir(config.output_dir)
+    report = meta_train(config, _Lines())
     for name, table in report.items():
         if isinstance(table, dict) and "mean_regret" in table:
             print(f"\nNetwork {name}, held-out tasks: {json.dumps(table, indent=2)}")
@@ -112,6 +114,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
             raise InputError(name, getattr(options, name), "must be at least 1.", "Correct it.")
     if options.first_seed < 0:
         raise InputError("first_seed", options.first_seed, "must be at least 0.", "Correct it.")
+    check_output_dir(options.output_dir)
     network = load_network(options.network, options.hidden_sizes, defaults.seed)
     seeds = range(options.first_seed, options.first_seed + options.num_groups)
     table = evaluate_network(

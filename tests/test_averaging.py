@@ -448,7 +448,7 @@ def test_schedule_free_keeps_its_own(quiet: Config) -> None:
     optimizer.train()
     scheduler = ALRSScheduler(optimizer, 8, config=quiet())
     assert not scheduler.config.average_weights
-    assert scheduler.config.final_ratio == 0.0
+    assert scheduler.config.final_ratio(1000) == 0.0
     for batch in DataLoader(tiny_dataset(), batch_size=8):
         optimizer.zero_grad()
         model(**batch)["loss"].backward()

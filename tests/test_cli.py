@@ -96,7 +96,7 @@ def test_averaging_is_set_on_the_command_line(
     _, (_, alrs, _, _), _ = parse(options, TYPES, TASKS, "titanic")
     config = alrs.to_config(0)
     assert (config.average_weights, config.final_lr_ratio) == (average_weights, final_lr_ratio)
-    assert config.final_ratio == final_ratio
+    assert config.final_ratio(1000) == final_ratio
 
 
 @pytest.mark.parametrize(

@@ -118,3 +118,13 @@ def test_any_value_is_accepted_or_refused_with_an_input_error(name: str, value: 
         assert error.field in (name, "min_lr")  # a low max_lr is an error of the pair
     else:
         assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("num_training_steps", "ratio"),
+    [(1, 0.7), (35, 0.7), (60, 0.3 + 0.4 * math.log(100 / 60) / math.log(100 / 35)), (100, 0.3), (5000, 0.3)],
+)
+def test_short_runs_keep_more_of_their_rate(num_training_steps: int, ratio: float) -> None:
+    assert ALRSConfig().final_ratio(num_training_steps) == pytest.approx(ratio)
+    assert ALRSConfig(average_weights=False).final_ratio(num_training_steps) == 0.0
+    assert ALRSConfig(final_lr_ratio=0.2).final_ratio(num_training_steps) == 0.2

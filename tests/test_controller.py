@@ -18,7 +18,7 @@ from hf_alrs.controller import ALRSController, Decision, control
 
 T, K, LR0 = 80, 4, 0.01
 LN10 = math.log(10.0)
-END = 0.3  # of the peak rate, where the decay ends when weights are averaged
+END = 0.3 + 0.4 * math.log(100 / 80) / math.log(100 / 35)  # of the peak rate, with averaged weights
 
 
 def decayed(progress: float, end: float = END) -> float:
@@ -158,7 +158,7 @@ def test_an_initial_rate_out_of_bounds_is_cut() -> None:
 @pytest.mark.parametrize(
     ("changed", "end"),
     [
-        ({}, 0.3),
+        ({}, END),
         ({"average_weights": False}, 0.0),
         ({"final_lr_ratio": 0.1}, 0.1),
         ({"final_lr_ratio": 0.0}, 0.0),

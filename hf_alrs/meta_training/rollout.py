@@ -160,7 +160,7 @@ def rollout(
     kept: list[tuple[np.ndarray, np.ndarray, float]] = []
     for step in range(total):
         loss = population.loss_and_gradient(step)
-        rate = np.exp(initial + offset) * decay(config, step / total)
+        rate = np.exp(initial + offset) * decay(config, step, total)
         population.optimizer_step(torch.from_numpy(rate).float().to(population.device))
         values = loss.double().cpu().numpy()
         finite &= np.isfinite(values) & (values <= loss_cap(state))
@@ -169,7 +169,7 @@ def rollout(
             signals = probe.measure()
             finite &= np.isfinite(signals["ww"]) & np.isfinite(signals["gg"])
             signals = clean_signals(signals)
-            previous = np.maximum(np.exp(initial + offset) * decay(config, (step - 1) / total), 1e-30)
+            previous = np.maximum(np.exp(initial + offset) * decay(config, step - 1, total), 1e-30)
             state = update_decision(state, signals, previous, interval)
             features = feature_vector(
                 Moment(

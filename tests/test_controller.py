@@ -427,7 +427,7 @@ def test_probes_start_from_one_snapshot_and_anneal() -> None:
     assert run.decisions[48].network_change > 0
     assert run.decisions[52].phase == "drive"
     # After the probes the run's own decay is back
-    expected = 1e-3 * math.exp(run.decisions[48].log_multiplier) * decayed(49 / 160)
+    expected = 1e-3 * math.exp(run.decisions[48].log_multiplier) * decayed(49 / 160, 0.3)
     assert run.rates[49] == pytest.approx(expected)
 
 

@@ -68,7 +68,7 @@ def make_trainer(route: str, args: TrainingArguments, config: ALRSConfig, **chan
 
 
 def decayed(progress: Any) -> Any:
-    """The share of the peak rate at a progress: a line from 1 to 0.3, as the weights are averaged."""
+    """The share of the peak rate at a progress: a line from 1 to 0.3."""
     return 0.3 + 0.7 * (1 - progress)
 
 
@@ -184,7 +184,7 @@ def test_repeated_trouble_ends_in_a_plain_decay(
     trainer = make_trainer(
         route,
         arguments(tmp_path),
-        config(rollback=True, max_restarts=0, guard_patience=3),
+        config(rollback=True, max_restarts=0, guard_patience=3, final_lr_ratio=0.3),
         data_collator=nan_at(12, 20, 29),
     )
     before = loss_of(trainer.model)
@@ -443,7 +443,13 @@ def test_another_number_of_steps_on_resume(
 ) -> None:
     folder = network_folder(scratch_network(scale=2.0))
     config = ALRSConfig(
-        network=folder, phase1_steps=6, decision_interval=3, max_first_rise=1.0, max_first_fall=0.8, max_restarts=0
+        network=folder,
+        phase1_steps=6,
+        decision_interval=3,
+        max_first_rise=1.0,
+        max_first_fall=0.8,
+        max_restarts=0,
+        final_lr_ratio=0.3,
     )
     args = arguments(tmp_path, save_strategy="steps", save_steps=at)
     first = make_trainer(route, args, config)

@@ -101,7 +101,8 @@ def test_after_repeated_trouble_the_last_good_rate_decays() -> None:
     assert run.phases[50:] == ["drive"] * 11 + ["fallback"] * 19
     held = run.rates[62:]
     decay = [math.log(a / b) for a, b in itertools.pairwise(held)]
-    shares = [0.3 + 0.7 * (T - s) / T for s in range(62, T)]  # to 0.3 of the peak, as the weights are averaged
+    end = ALRSConfig().final_ratio(T)
+    shares = [end + (1 - end) * (T - s) / T for s in range(62, T)]
     expected = [math.log(a / b) for a, b in itertools.pairwise(shares)]
     assert decay == pytest.approx(expected), "the rate decays linearly"
 

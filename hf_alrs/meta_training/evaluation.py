@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..config import ALRSConfig
+from ..controller import CONTROL_VERSION
 from ..network import MetaLRNetwork
 from .bank import Group, fill_bank, group_path, load_group
 from .population import GRID_SIZE
@@ -119,7 +120,8 @@ def evaluate_network(
         `dict`: As of [`summarize`].
     """
     bank = output_dir / f"bank-v{POPULATION_VERSION}-{num_tasks}-{max_cost}"
-    folder = bank / f"network-{network.fingerprint()[:12]}"  # outcomes are of this bank's groups
+    # Outcomes are of this bank's groups, this network and this control law
+    folder = bank / f"network-{network.fingerprint()[:12]}-control-v{CONTROL_VERSION}"
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)
     jobs = [(str(bank), seed, num_tasks, max_cost, str(folder)) for seed in seeds]

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import ALRSConfig, InputError
+from ..controller import CONTROL_VERSION
 from ..features import FEATURE_NAMES, FEATURE_VERSION
 from ..network import MetaLRNetwork
 from .bank import Group, fill_bank, group_path, load_group, load_stored
@@ -491,7 +492,8 @@ def _write_whole(content: dict[str, object], path: Path) -> None:
 
 def _keep_configuration(config: MetaTrainingConfig) -> None:
     """Writes the configuration beside what is made with it; another one would find that and take it for its own."""
-    ours = {**asdict(config), "population_version": POPULATION_VERSION, "feature_version": FEATURE_VERSION}
+    versions = {"population": POPULATION_VERSION, "feature": FEATURE_VERSION, "control": CONTROL_VERSION}
+    ours = asdict(config) | {f"{name}_version": version for name, version in versions.items()}
     for name in ("output_dir", "num_workers"):
         del ours[name]
     path = Path(config.output_dir) / _CONFIGURATION

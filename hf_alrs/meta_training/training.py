@@ -467,6 +467,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
         "config": asdict(config),
         "feature_version": FEATURE_VERSION,
         "population_version": POPULATION_VERSION,
+        "control_version": CONTROL_VERSION,
     }
     for sizes, folder in zip(config.hidden_sizes, _final_networks(config, report_progress), strict=True):
         name = "-".join(map(str, sizes))

@@ -107,6 +107,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     parser.add_argument("--num_tasks", type=int, default=2, help="Tasks of a group.")
     parser.add_argument("--max_cost", type=float, default=5.0, help="Groups that take more seconds are made shorter.")
     parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--final_lr_ratio", type=float, help="Of the runs, in place of the default.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/meta-evaluation"))
     options = parser.parse_args(arguments)
     for name in ("num_groups", "num_tasks", "max_cost", "num_workers"):
@@ -115,10 +116,18 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     if options.first_seed < 0:
         raise InputError("first_seed", options.first_seed, "must be at least 0.", "Correct it.")
     check_output_dir(options.output_dir)
+    config = ALRSConfig(final_lr_ratio=options.final_lr_ratio)
     network = load_network(options.network, options.hidden_sizes, defaults.seed)
     seeds = range(options.first_seed, options.first_seed + options.num_groups)
     table = evaluate_network(
-        network, options.output_dir, seeds, options.num_tasks, options.max_cost, options.num_workers, _Lines()
+        network,
+        options.output_dir,
+        seeds,
+        options.num_tasks,
+        options.max_cost,
+        options.num_workers,
+        _Lines(),
+        config.final_lr_ratio,
     )
     report = {
         "network": {"name": options.network, "sha256": network.fingerprint()},
@@ -128,6 +137,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         "environment": environment(),
     }
     name = "-".join(map(str, [*network.hidden_sizes, options.first_seed, options.num_groups]))
+    if config.final_lr_ratio is not None:
+        report["final_lr_ratio"] = config.final_lr_ratio
+        name += f"-decay-{config.final_lr_ratio}"
     path = options.output_dir / f"report-{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nHeld-out tasks: {json.dumps(table, indent=2)}\nStored in {path}")

@@ -1,6 +1,7 @@
 """Names of baselines and what they become."""
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from hf_alrs.baselines import BASELINES
@@ -28,11 +29,12 @@ def test_every_baseline_trains(name: str, prepared, tmp_path) -> None:
         disable_tqdm=True,
     )
     config = ALRSConfig(network="scratch") if BASELINES[name].alrs_config is not None else None
+    torch.manual_seed(0)
     trainer = build_trainer(prepared, prepared.model_init(), args, name, config)
     trainer.train()
     rate = trainer.optimizer.param_groups[0]["lr"]
     assert trainer.state.global_step == 40
-    assert 0 <= rate < 2
+    assert 0 <= rate <= ALRSConfig().max_lr  # a network from scratch may go far in so few steps
     assert isinstance(trainer.lr_scheduler, ALRSScheduler) == name.startswith("alrs")
     optimizer = type(trainer.optimizer.optimizer).__name__
     expected = {"prodigy": "Prodigy", "schedule_free": "AdamWScheduleFree"}.get(name, "AdamW")

@@ -82,9 +82,8 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
     specs = build_matrix(name, matrix.schedulers, rates, matrix.seeds)
     refuse_other_settings(experiment, name, output_dir)
     check_network(matrix.schedulers, experiment.alrs_config)
-    if (
-        stepped := [s for s in matrix.schedulers if find_baseline(s).needs_evaluation]
-    ) and not experiment.data.controller_split:
+    stepped = [name for name in matrix.schedulers if find_baseline(name).needs_evaluation]
+    if stepped and not experiment.data.controller_split:
         rule = f"{stepped[0]} is stepped with the loss on the controller's split."
         raise InputError("controller_split", experiment.data.controller_split, rule, "Set --controller_split 0.1.")
     left = missing(specs, output_dir)

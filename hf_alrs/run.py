@@ -258,9 +258,8 @@ def _train_prepared(
     if args.do_train:
         if checkpoint is not None:
             logger.warning("Resuming from %s; give another --output_dir to start afresh.", checkpoint)
-        steps_before = (
-            _steps_of(checkpoint) if checkpoint is not None else 0
-        )  # its folder may be gone after the training
+        # Now, as its folder may be gone after the training
+        steps_before = _steps_of(checkpoint) if checkpoint is not None else 0
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         if trainer.state.global_step == steps_before:

@@ -150,10 +150,9 @@ def control(
     return change, allowed & ((fell & where(waiting, False, True)) | stuck | where(finite, False, True))
 
 
-def decay(config: ALRSConfig, step: int, num_training_steps: int) -> float:
+def decay(final_ratio: float, step: int, num_training_steps: int) -> float:
     """Share of the peak rate after `step` steps: a line from 1 to `final_ratio`."""
-    final = config.final_ratio(num_training_steps)
-    return final + (1.0 - final) * max(0.0, 1.0 - step / num_training_steps)
+    return final_ratio + (1.0 - final_ratio) * max(0.0, 1.0 - step / num_training_steps)
 
 
 def decision_interval_of(config: ALRSConfig, num_training_steps: int, steps_per_epoch: int | None) -> int:
@@ -208,6 +207,7 @@ class ALRSController:
             )
         self.config = config
         self.num_training_steps = num_training_steps
+        self._final_ratio = config.final_ratio(num_training_steps)
         self.initial_learning_rate = float(learning_rate)
         self.adaptive = adaptive
         self.num_warmup_steps = num_warmup_steps
@@ -273,7 +273,7 @@ class ALRSController:
     def learning_rate(self, step: int) -> float:
         """The rate for the `step`-th optimizer step (counted from 0), under what has been decided so far."""
         warmup = min(1.0, (step + 1) / self.num_warmup_steps) if self.num_warmup_steps else 1.0
-        share = decay(self.config, step, self.num_training_steps)
+        share = decay(self._final_ratio, step, self.num_training_steps)
         if self.probing:  # on a schedule of their own, so that they can be compared
             warmup = 1.0
             share = max(0.0, 1.0 - (step - self._probe_start) / (self._probe_decisions * self.decision_interval))

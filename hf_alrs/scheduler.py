@@ -645,6 +645,9 @@ def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:
     """Numbers and tensors of one element as one float64 vector."""
     if all(isinstance(x, torch.Tensor) and x.dim() == 0 and x.device == device for x in numbers):
         return torch.stack(numbers).double()
+    if not any(isinstance(x, torch.Tensor) for x in numbers):  # one transfer to the device, not one for each
+        host = torch.tensor(numbers, dtype=torch.float64)
+        return host.to(device) if device.type != "cpu" else host
     # Moved first: Apple's MPS has no double precision
     tensors = [x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64) for x in numbers]
     return torch.cat([x.to(device).double().reshape(1) for x in tensors])

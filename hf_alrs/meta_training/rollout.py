@@ -146,6 +146,7 @@ def rollout(
     spec, size = population.spec, population.size
     total = spec.num_training_steps
     interval = decision_interval_of(config, total, population.steps_per_epoch)
+    final_ratio = config.final_ratio(total)
     first_jump = max(1, math.ceil(steps_of(config.phase1_steps, total) / interval))
     evaluate_every = max(1, total // num_evaluations) if num_evaluations else total + 1
     population.reset()
@@ -160,7 +161,7 @@ def rollout(
     kept: list[tuple[np.ndarray, np.ndarray, float]] = []
     for step in range(total):
         loss = population.loss_and_gradient(step)
-        rate = np.exp(initial + offset) * decay(config, step, total)
+        rate = np.exp(initial + offset) * decay(final_ratio, step, total)
         population.optimizer_step(torch.from_numpy(rate).float().to(population.device))
         values = loss.double().cpu().numpy()
         finite &= np.isfinite(values) & (values <= loss_cap(state))
@@ -169,7 +170,7 @@ def rollout(
             signals = probe.measure()
             finite &= np.isfinite(signals["ww"]) & np.isfinite(signals["gg"])
             signals = clean_signals(signals)
-            previous = np.maximum(np.exp(initial + offset) * decay(config, step - 1, total), 1e-30)
+            previous = np.maximum(np.exp(initial + offset) * decay(final_ratio, step - 1, total), 1e-30)
             state = update_decision(state, signals, previous, interval)
             features = feature_vector(
                 Moment(

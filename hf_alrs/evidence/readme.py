@@ -355,11 +355,16 @@ def _verdict_table(study: _Study, title: str, rows: list[dict[str, Any]], tuned:
         return
     for metric in measured:
         found = [by_metric[metric][name] for name in others if is_baseline(name)]
-        counts = {word: sum(row["verdict"] == verdict for row in found) for verdict, word in _WORDS.items()}
-        yield (
-            f"{title}: in final {_short(metric)} it beats {counts['beats']} of {len(found)} baselines, equals "
-            f"{counts['equals']} and loses to {counts['loses']}."
+        judged = [row for row in found if row["interval"][0] is not None]
+        counts = {word: sum(row["verdict"] == verdict for row in judged) for verdict, word in _WORDS.items()}
+        verdict = (
+            f"it beats {counts['beats']} of {len(judged)} baselines, equals {counts['equals']} and loses to "
+            f"{counts['loses']}"
         )
+        if len(judged) < len(found):
+            none = "one seed allows no verdict"
+            verdict = f"{verdict}; of {len(found) - len(judged)} {none}" if judged else none
+        yield f"{title}: in final {_short(metric)} {verdict}."
         yield ""
     yield from _advantages(
         study, rows, [(row["other"], row["learning_rate"]) for row in by_metric["eval_loss"].values()], tuned

@@ -20,6 +20,7 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -599,7 +600,11 @@ def _parallel_records(
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is killed: it would go on unseen, beside the runs of the next command."""
+    """
+    Ends this worker when its parent is killed, as it would go on unseen, beside the runs of the next command; and without a
+    traceback when both are interrupted from the keyboard.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -174,7 +174,7 @@ def controller_share(controller_seconds: float, train_seconds: float) -> float:
     return controller_seconds / train_seconds if train_seconds > 0 else math.nan
 
 
-def area_under_curve(positions: ArrayLike, values: ArrayLike) -> float:
+def area_under_curve(positions: ArrayLike, values: ArrayLike, start: float | None = None) -> float:
     r"""
     Area under a learning curve by the trapezoidal rule, divided by its length, so that it has the metric's own unit,
 
@@ -183,11 +183,17 @@ def area_under_curve(positions: ArrayLike, values: ArrayLike) -> float:
     Args:
         positions (`ArrayLike` of shape `(num_evaluations,)`): Where each evaluation took place, increasing.
         values (`ArrayLike` of shape `(num_evaluations,)`): The metric there.
+        start (`float`, *optional*): Leave out what lies before, and go on from the line between its neighbours: curves
+            that begin at different positions are of different stretches otherwise.
 
     Returns:
         `float`: Mean height of the curve; `nan` with fewer than two evaluations.
     """
     positions, values = np.asarray(positions, dtype=float), np.asarray(values, dtype=float)
+    if start is not None and positions.size and positions[0] < start < positions[-1]:
+        kept = positions > start
+        values = np.concatenate([[np.interp(start, positions, values)], values[kept]])
+        positions = np.concatenate([[start], positions[kept]])
     if positions.size < 2:
         return math.nan
     area = np.sum((values[1:] + values[:-1]) / 2 * np.diff(positions))

@@ -295,6 +295,14 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
         ("earlier_networks: [nowhere]", "earlier_networks='nowhere'"),
         ("earlier_shares: {short: 2}", r"earlier_shares=\{'short': 2\}.*from 0 to 1"),
         ("earlier_shares: {brief: 0.5}", "standard, long, extended, short"),
+        ("batch_size: 0", "batch_size=0"),
+        ("num_distillation_iterations: 0", "num_distillation_iterations=0"),
+        ("num_workers: 0", "num_workers=0"),
+        ("ensemble: [{hidden_sizes: [8], seed: 0, num_iterations: 0}]", "num_iterations.*at least 1"),
+        ("ensemble: [{hidden_sizes: [], seed: 0, num_iterations: 5}]", "hidden_sizes.*at least 1"),
+        ("seed: -20", "seed=-20"),
+        ("seed: 100000", "num_groups=400: a part has the seeds below 100,000"),
+        ("num_long_groups: 100001", "num_long_groups=100001"),
     ):
         path.write_text(f"output_dir: x\n{line}\n")
         with pytest.raises(InputError, match=match):

@@ -81,6 +81,10 @@ def test_area_is_the_mean_height_of_the_curve():
     # (1 + 0.5)/2 * 10 + (0.5 + 0.5)/2 * 30 = 22.5 over a length of 40.
     assert metrics.area_under_curve([0, 10, 40], [1.0, 0.5, 0.5]) == pytest.approx(0.5625)
     assert math.isnan(metrics.area_under_curve([10], [0.5]))
+    # From 20 on, where the line from 10 to 40 is at 0.5
+    assert metrics.area_under_curve([0, 10, 40], [1.0, 0.5, 0.5], start=20) == pytest.approx(0.5)
+    assert metrics.area_under_curve([0, 10, 40], [1.0, 0.6, 0.3], start=20) == pytest.approx(0.4)
+    assert metrics.area_under_curve([20, 40], [0.5, 0.3], start=20) == metrics.area_under_curve([20, 40], [0.5, 0.3])
 
 
 def test_regret_is_measured_against_the_best_cell_of_all_baselines():

@@ -222,10 +222,57 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path):
     folder = store(tmp_path / "runs", make_record("alrs", 1e-3), make_record("linear", 1e-3))
     content = build_report(folder)
     row = content["tasks"]["sst2"]["comparisons"]["tuned"][0]
-    assert row["interval"] == [None, None] and row["verdict"] == "not better"
-    assert "one seed allows no interval" in content["conclusion"][0]["text"]
+    assert row["interval"] == [None, None] and row["verdict"] == "no verdict"
+    assert "one seed allows no interval and no verdict" in content["conclusion"][0]["text"]
+    assert not any("is not better than" in sentence["text"] for sentence in content["conclusion"])
     assert "no interval" in (folder / "report.md").read_text(encoding="utf-8")
     assert content["overall"]["interquartile_means"][0]["tuned"]["interval"] == [None, None]
+
+
+def test_a_task_of_one_seed_says_what_it_can_and_is_left_out_of_the_tables_over_tasks(tmp_path):
+    records = [make_record(name, rate, seed) for name in ("alrs", "linear") for rate in RATES for seed in SEEDS]
+    single = [make_record(name, rate, task="cifar10") for name in ("alrs", "linear") for rate in RATES]
+    folder = store(tmp_path / "runs", *records, *single)
+    content, alone = build_report(folder), summary_of(tmp_path / "alone", *records)
+    for table in ("interquartile_means", "probability_of_improvement"):
+        assert content["overall"][table] == json_ready(alone["overall"][table])
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "Of sst2, the first 3 seeds of each." in text
+    (untuned,) = [
+        sentence["text"]
+        for sentence in content["conclusion"]
+        if sentence["task"] == "cifar10" and "Without tuning" in sentence["text"] and "eval_loss" in sentence["text"]
+    ]
+    assert "not better" not in untuned and "one seed allows no interval and no verdict" in untuned
+    assert any(text.startswith("Some cells hold one seed") for text in content["analysis"])
+    assert any(text.startswith("Some cells hold only 3 seeds") for text in content["analysis"])
+
+
+def test_other_software_of_the_judged_runs_is_said_and_times_are_not_compared(tmp_path):
+    records = [make_record(name, 1e-3, seed) for name in ("alrs", "linear") for seed in SEEDS]
+    content = build_report(store(tmp_path / "same", *records))
+    assert not any("software" in text for text in content["analysis"])
+    assert any("training takes" in text for text in content["timing"]["analysis"])
+    for record in records[:3]:
+        record["environment"] = copy.deepcopy(record["environment"])
+        record["environment"]["versions"]["torch"] = "2.99"
+    content = build_report(store(tmp_path / "other", *records))
+    (caveat,) = [text for text in content["analysis"] if "software" in text]
+    assert "torch 2.99 beside" in caveat and "device" not in caveat
+    assert not any("training takes" in text for text in content["timing"]["analysis"])
+    assert any("their times are not compared" in text for text in content["timing"]["analysis"])
+
+
+def test_areas_are_of_the_same_stretch(tmp_path):
+    records = [make_record(name, 1e-3, seed, level=0.5) for name in ("alrs", "linear") for seed in SEEDS]
+    for record in records[3:]:  # evaluated earlier too, where the loss is high
+        first = record["evaluations"][0]
+        record["evaluations"] = [
+            {**first, "step": 1, "eval_loss": 100.0, "eval_accuracy": 0.0},
+            *record["evaluations"],
+        ]
+    areas = [cell["area_under_curve"] for cell in summary_of(tmp_path, *records)["tasks"]["sst2"]["cells"]]
+    assert areas[0] == pytest.approx(areas[1])
 
 
 def test_regret_compares_every_initial_rate_with_the_best_cell(summary):

@@ -12,7 +12,7 @@ from ..arguments import SAMPLE, find_task, installed_tasks, read_recipe
 from ..comparison import MatrixProgress, exit_if_failed, read_comparison
 from ..config import InputError
 from ..experiment import Task
-from ..matrix import Experiment, RunSpec, missing, run_matrix
+from ..matrix import Experiment, RunSpec, missing, refuse_other_settings, run_matrix
 from .plan import Study, find_plan, read_plan
 from .readme import update_readme
 from .report import build_evidence
@@ -70,6 +70,7 @@ def evidence_command(arguments: Sequence[str]) -> None:
     )
     for study, experiment, specs in work:
         if left := missing(specs, output_dir / study.name):
+            refuse_other_settings(experiment, specs[0].task, output_dir / study.name)
             _check_study(study, experiment)
         print(
             f"{study.name}: {len(specs)} runs, {len(specs) - len(left)} of them stored, {len(left)} left.", flush=True

@@ -127,6 +127,9 @@ class MetaTrainingConfig:
             "num_members",
             "num_rounds",
             "num_iterations",
+            "batch_size",
+            "num_distillation_iterations",
+            "num_workers",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -139,10 +142,11 @@ class MetaTrainingConfig:
                 *(sizes if isinstance(sizes, list) else [None]),
             ]
             unknown = member.keys() - {"hidden_sizes", "seed", "num_iterations", "feature_noise", "feature_dropout"}
-            if unknown or any(type(number) is not int for number in numbers):
+            whole = not any(type(number) is not int for number in numbers)
+            if unknown or not whole or not sizes or member["seed"] < 0 or min(numbers[1:]) < 1:
                 rule = (
-                    "must have hidden_sizes (a list of whole numbers), seed and num_iterations, may have feature_noise "
-                    "and feature_dropout, and nothing else."
+                    "must have hidden_sizes and num_iterations (whole numbers of at least 1) and seed, may have "
+                    "feature_noise and feature_dropout, and nothing else."
                 )
                 raise InputError("ensemble", member, rule, "Correct the configuration.")
             _check_noise(**self.noise_of(member))
@@ -173,6 +177,14 @@ class MetaTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
                 raise InputError(name, value, "must be a whole number of at least 0.", "Correct the configuration.")
+        if self.seed < 0:
+            raise InputError("seed", self.seed, "must be at least 0.", "Correct the configuration.")
+        for part, seeds in self.held_out_seeds.items():
+            number = len(seeds) + self._num_train_groups[part]
+            if self.seed + number > LONG_SEED:
+                name = f"num_{part}_groups" if part else "num_groups"
+                rule = f"a part has the seeds below {LONG_SEED:,} alone, and {self.seed} + {number} are more."
+                raise InputError(name, self._num_train_groups[part], rule, "Lower it, or seed.")
 
     def noise_of(self, member: Mapping[str, Any]) -> dict[str, Any]:
         """`feature_noise` and `feature_dropout` of a member of the ensemble."""
@@ -190,15 +202,18 @@ class MetaTrainingConfig:
         return {family: range(start + self.seed, start + self.seed + n) for family, (start, n) in sizes.items()}
 
     @property
-    def train_seeds(self) -> list[int]:
-        sizes = {
+    def _num_train_groups(self) -> dict[str, int]:
+        return {
             "": self.num_groups,
             "long": self.num_long_groups,
             "extended": self.num_extended_groups,
             "short": self.num_short_groups,
         }
+
+    @property
+    def train_seeds(self) -> list[int]:
         starts = {family: seeds.stop for family, seeds in self.held_out_seeds.items()}
-        return [seed for family, n in sizes.items() for seed in range(starts[family], starts[family] + n)]
+        return [s for family, n in self._num_train_groups.items() for s in range(starts[family], starts[family] + n)]
 
     def size_of(self, seed: int) -> tuple[int, float | None]:
         """Number of tasks and bound on the cost of the group that `seed` draws."""

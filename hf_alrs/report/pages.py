@@ -234,7 +234,8 @@ def _convergence_table(summary: dict[str, Any], name: str) -> Table:
     columns += ["Rate range (decades)", "Controller", "Peak memory (MiB)"]
     caption = (
         f"Convergence and cost on {name}: runs that reached each target, median steps and training seconds to it; best "
-        "value of any evaluation; area under the learning curve over steps, divided by its length; the controller's "
+        "value of any evaluation; area under the learning curve over steps, from where all runs have been evaluated, divided by "
+        "its length; the controller's "
         "share of the training time."
     )
     return Table(caption, columns, rows, 1, _emphasised(cells, task["reference"]))
@@ -243,9 +244,7 @@ def _convergence_table(summary: dict[str, Any], name: str) -> Table:
 def _verdict_cell(row: dict[str, Any]) -> Cell:
     kind = {"better": "better", "worse": "worse"}.get(row["verdict"], "")
     if row["num_pairs"] < 2:
-        return Cell(
-            f"{row['verdict']} ({row['num_pairs']} seed: no interval)" if row["num_pairs"] else "no common seed"
-        )
+        return Cell("one seed: no verdict" if row["num_pairs"] else "no common seed")
     return Cell(row["verdict"], kind)
 
 
@@ -342,7 +341,8 @@ def _overall_tables(summary: dict[str, Any]) -> list[Table]:
     def with_interval(row: dict[str, Any]) -> Cell:
         return Cell(f"{format_number(row['iqm'])} {format_interval(row['interval'])}")
 
-    several = len(summary["tasks"]) > 1
+    several = len(overall["tasks"]) > 1
+    of_which = f" Of {', '.join(overall['tasks'])}, the first {overall['num_seeds']} seeds of each."
     tables = [
         Table(
             (
@@ -352,7 +352,7 @@ def _overall_tables(summary: dict[str, Any]) -> list[Table]:
                 else "Interquartile mean of the final values over seeds"
             )
             + ", with 95 % stratified bootstrap intervals: at the best of the rates that each scheduler was run from, and over all "
-            "of them together, as a user would fare who picks one of them blindly.",
+            "of them together, as a user would fare who picks one of them blindly." + of_which,
             ["Scheduler", "Metric", "Tasks", "At the best rate", "Over all rates"],
             [
                 [
@@ -373,7 +373,7 @@ def _overall_tables(summary: dict[str, Any]) -> list[Table]:
         tables.append(
             Table(
                 f"Probability that a run of {rows[0]['scheduler']} beats a run of the other on a random task, both at "
-                "their best rates; ties count one half.",
+                "their best rates; ties count one half." + of_which,
                 ["Against", "Metric", "Tasks", "Probability", f"{CONFIDENCE:.0%} interval"],
                 [
                     [

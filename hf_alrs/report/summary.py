@@ -89,6 +89,9 @@ def _times_to_target(task: TaskRuns, runs: list[Run], units: dict[str, str]) -> 
 
 def _cell(task: TaskRuns, scheduler: str, rate: float) -> dict[str, Any]:
     runs = task.cells[scheduler, rate]
+    # Schedulers that are stepped with evaluations have more of them, and the first one earlier
+    evaluated = [run.record["evaluations"] for run in task.runs if run.completed and run.record["evaluations"]]
+    start = max((evaluations[0]["step"] for evaluations in evaluated), default=0)
     completed = [run for run in runs if run.completed]
     rates = [run.history("learning_rate") for run in runs]
     return {
@@ -103,7 +106,7 @@ def _cell(task: TaskRuns, scheduler: str, rate: float) -> dict[str, Any]:
         "to_target": _times_to_target(task, runs, _STEP_UNITS),
         "area_under_curve": {
             metric: _mean_of_numbers(
-                metrics.area_under_curve(run.evaluations("step"), run.evaluations(metric))
+                metrics.area_under_curve(run.evaluations("step"), run.evaluations(metric), start)
                 if run.completed
                 else metrics.worst_value(metric)
                 for run in runs
@@ -142,7 +145,7 @@ def _verdict(interval: statistics.Interval) -> str:
         return "better"
     if interval.high < 0:
         return "worse"
-    return "not better"
+    return "no verdict" if math.isnan(interval.low) else "not better"
 
 
 def _compare(task: TaskRuns, first: tuple[str, float], second: tuple[str, float], metric: str) -> dict[str, Any]:
@@ -317,11 +320,15 @@ def _all_schedulers(tasks: list[TaskRuns]) -> list[str]:
 def _overall(tasks: list[TaskRuns]) -> dict[str, Any]:
     # A single run beside comparisons has nothing to say about schedulers
     tasks = [task for task in tasks if any(map(is_baseline, task.schedulers))] or tasks
+    # Nor has a task of one seed: the columns of one table have as many runs each
+    tasks = [task for task in tasks if min(map(len, task.cells.values())) > 1] or tasks
     schedulers = _all_schedulers(tasks)
     reference = next((task.reference for task in tasks if task.reference), None)
     names, times = profile_times(tasks)
     profile = statistics.performance_profile(times, PROFILE_FACTORS) if times.size else np.empty((0, 0))
     return {
+        "tasks": [task.name for task in tasks],
+        "num_seeds": min(len(runs) for task in tasks for runs in task.cells.values()),
         "interquartile_means": [
             _interquartile_row(tasks, name, metric)
             for metric in ("eval_loss", "score")
@@ -464,8 +471,9 @@ def _conclusion_of_task(task: TaskRuns, comparisons: dict[str, list[dict[str, An
         family = [row for row in comparisons["tuned"] if row["metric"] == metric and is_baseline(row["other"])]
         counted = {
             verdict: [row["other"] for row in family if row["verdict"] == verdict]
-            for verdict in ("better", "worse", "not better")
+            for verdict in ("better", "worse", "not better", "no verdict")
         }
+        without = f"; of one seed, which allows no verdict: {_listed(counted['no verdict'])}"
         sentences.append(
             _sentence(
                 task,
@@ -473,7 +481,7 @@ def _conclusion_of_task(task: TaskRuns, comparisons: dict[str, list[dict[str, An
                 f"Final {metric} against the baselines, each at the best of the rates it was run from "
                 f"({_rates_had(task)}): better than "
                 f"{_listed(counted['better'])}; worse than {_listed(counted['worse'])}; not better, by an interval that "
-                f"includes zero or is missing, than {_listed(counted['not better'])}.",
+                f"includes zero, than {_listed(counted['not better'])}{without if counted['no verdict'] else ''}.",
             )
         )
     if len(task.rates_of(reference)) > 1:
@@ -491,14 +499,13 @@ def _sentence(task: TaskRuns, verdict: str | None, text: str) -> dict[str, Any]:
 def _headline(row: dict[str, Any]) -> str:
     ours = _cell_name(row["scheduler"], row["learning_rate"])
     theirs = f"the best tuned baseline, {_cell_name(row['other'], row['other_learning_rate'])}"
-    text = f"In final {row['metric']}, {ours} is {row['verdict']} than {theirs}: "
     if row["num_pairs"] < 2:
         return (
-            f"{text}the advantage is {format_number(row['advantage'])}, from {_seeds(row['num_pairs'])}, and one seed "
-            "allows no interval."
+            f"In final {row['metric']}, the advantage of {ours} over {theirs}, is {format_number(row['advantage'])}, from "
+            f"{_seeds(row['num_pairs'])}; one seed allows no interval and no verdict."
         )
-    text += (
-        f"the advantage is {format_number(row['advantage'])} {format_interval(row['interval'])}, {CONFIDENCE:.0%} "
+    text = (
+        f"In final {row['metric']}, {ours} is {row['verdict']} than {theirs}: the advantage is {format_number(row['advantage'])} {format_interval(row['interval'])}, {CONFIDENCE:.0%} "
         f"interval, {_seeds(row['num_pairs'])}, p = {row['p_holm']:.2g} after Holm's correction."
     )
     if row["verdict"] != "not better" and row["p_holm"] > 1 - CONFIDENCE:
@@ -515,13 +522,24 @@ def _untuned_sentence(task: TaskRuns, rows: list[dict[str, Any]]) -> dict[str, A
     regrets = [row["regret"] for row in rows]
     worst = rows[int(np.argmax(regrets))]
     best_cell = _cell_name(first["other"], first["other_learning_rate"])
+    told = (
+        f"is better in final {first['metric']} than the best cell of all tuned baselines ({best_cell}) from "
+        f"{verdicts.count('better')}, worse from {verdicts.count('worse')}, and not better (no interval without zero) from "
+        f"{verdicts.count('not better')}"
+    )
+    if verdicts.count("no verdict") == len(rows):
+        ahead = sum(row["advantage"] > 0 for row in rows)
+        told = (
+            f"ends ahead of the best cell of all tuned baselines ({best_cell}) in final {first['metric']} from {ahead}, and "
+            "not from the others; one seed allows no interval and no verdict"
+        )
+    elif "no verdict" in verdicts:
+        told += f"; from {verdicts.count('no verdict')} one seed allows no verdict"
     return _sentence(
         task,
         None,
         f"Without tuning, from {len(rows)} initial rates between {format_rate(rows[0]['learning_rate'])} and "
-        f"{format_rate(rows[-1]['learning_rate'])}, {first['scheduler']} is better in final {first['metric']} than the "
-        f"best cell of all tuned baselines ({best_cell}) from {verdicts.count('better')}, worse from "
-        f"{verdicts.count('worse')}, and not better (no interval without zero) from {verdicts.count('not better')}. Its mean regret is "
+        f"{format_rate(rows[-1]['learning_rate'])}, {first['scheduler']} {told}. Its mean regret is "
         f"{format_number(float(np.mean(regrets)))}, the largest {format_number(worst['regret'])} from "
         f"{format_rate(worst['learning_rate'])}.",
     )
@@ -561,6 +579,9 @@ def _analysis_of_task(task: TaskRuns, cells: list[dict[str, Any]], comparisons: 
     texts += [
         f"Ablation: in final eval_loss, {row['scheduler']} is {row['verdict']} than {row['other']}, advantage "
         f"{format_number(row['advantage'])} {format_interval(row['interval'])}."
+        if row["num_pairs"] > 1
+        else f"Ablation: in final eval_loss, the advantage of {row['scheduler']} over {row['other']} is "
+        f"{format_number(row['advantage'])}; one seed allows no verdict."
         for row in ablations
     ]
     failed = [run for run in task.runs if not run.completed]
@@ -604,26 +625,34 @@ def _timing_analysis(task: TaskRuns, timings: list[dict[str, Any]]) -> list[str]
         )
         if task.best_baseline is not None:
             theirs = by_cell[task.best_baseline]
-            texts.append(
-                f"{task.name}: training takes {format_number(ours['train_seconds']['mean'], 1)} s with "
-                f"{task.reference} and {format_number(theirs['train_seconds']['mean'], 1)} s with "
-                f"{task.best_baseline[0]}; the target loss is reached after "
-                f"{format_number(ours['to_target']['eval_loss']['seconds'], 1)} s and "
-                f"{format_number(theirs['to_target']['eval_loss']['seconds'], 1)} s (median)."
-            )
+            if _of_other_machines(task.tuned_runs(task.reference), task.cells[task.best_baseline]):
+                texts.append(
+                    f"{task.name}: the runs of {task.reference} and of {task.best_baseline[0]} are of different software or "
+                    "machines, and their times are not compared."
+                )
+            else:
+                texts.append(
+                    f"{task.name}: training takes {format_number(ours['train_seconds']['mean'], 1)} s with "
+                    f"{task.reference} and {format_number(theirs['train_seconds']['mean'], 1)} s with "
+                    f"{task.best_baseline[0]}; the target loss is reached after "
+                    f"{format_number(ours['to_target']['eval_loss']['seconds'], 1)} s and "
+                    f"{format_number(theirs['to_target']['eval_loss']['seconds'], 1)} s (median)."
+                )
     return texts
 
 
 def _caveats(tasks: list[TaskRuns]) -> list[str]:
     texts = []
-    fewest = min(min(map(len, task.cells.values())) for task in tasks)
-    if fewest == 1:
+    sizes = sorted({len(runs) for task in tasks for runs in task.cells.values()})
+    if sizes[0] == 1:
         texts.append("Some cells hold one seed: they have no interval, and nothing is concluded from them.")
-    elif fewest < 5:
+    fewest = next((size for size in sizes if size > 1), 5)
+    if fewest < 5:
         texts.append(
             f"Some cells hold only {fewest} seeds: the smallest p-value they can give is {2.0 ** (1 - fewest):.2g}, "
             "and bootstrap intervals from so few runs are too narrow."
         )
+    texts += [text for task in tasks for text in _software_caveat(task)]
     if any(len(task.learning_rates) > 1 for task in tasks):
         texts.append(
             "Every scheduler's best rate was chosen on the eval scores that are compared, which flatters those the most that "
@@ -633,6 +662,32 @@ def _caveats(tasks: list[TaskRuns]) -> list[str]:
         )
     texts += [text for task in tasks for text in _evaluation_caveats(task)]
     return texts
+
+
+def _of(run: Run, name: str) -> str:
+    environment = run.record["environment"]
+    return str(environment[name] if name in environment else environment["versions"].get(name))
+
+
+def _of_other_machines(*cells: list[Run]) -> bool:
+    names = ("device", "platform", "num_threads", "torch", "transformers")
+    return len({tuple(_of(run, name) for name in names) for cell in cells for run in cell}) > 1
+
+
+def _software_caveat(task: TaskRuns) -> Iterable[str]:
+    """Where all runs of the judged scheduler are of other software than all of the baselines."""
+    ours = [run for run in task.runs if run.scheduler == task.reference]
+    theirs = [run for run in task.runs if is_baseline(run.scheduler)]
+    differing = []
+    for name in ("torch", "transformers", "device") if ours and theirs else ():
+        mine, others = ({_of(run, name) for run in runs} for runs in (ours, theirs))
+        if not mine & others:
+            differing.append(f"{name} {', '.join(sorted(mine))} beside {', '.join(sorted(others))}")
+    if differing:
+        yield (
+            f"{task.name}: the runs of {task.reference} and those of the baselines are of different software "
+            f"({'; '.join(differing)}); what that changes would count as the schedulers' doing."
+        )
 
 
 def _rates_had(task: TaskRuns) -> str:

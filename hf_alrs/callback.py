@@ -25,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy, has_length
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
 from .features import FEATURE_NAMES
-from .scheduler import STATE_KEY, ALRSScheduler, get_scheduler
+from .scheduler import STATE_KEY, STOOD_AT_KEY, ALRSScheduler, get_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -108,10 +108,10 @@ class ALRSCallback(TrainerCallback):
             self.scheduler = lr_scheduler
         else:
             self.scheduler = self._take_over(args, state, model, optimizer, lr_scheduler, train_dataloader)
-        self.scheduler.loss_remedy = (
-            "the model's output has no `loss` (label smoothing or a custom loss function computes it outside the model); "
-            "use ALRSTrainer, which sees every loss"
-        )
+        reason = "the model's output has no `loss` (label smoothing or a custom loss function computes it outside the model)"
+        if args.n_gpu > 1:
+            reason = "its batches are split over several GPUs by one process (DataParallel)"
+        self.scheduler.loss_remedy = f"{reason}; use ALRSTrainer, which sees every loss"
         if not self.told_losses:
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
         if self.write_history and state.is_world_process_zero:
@@ -142,10 +142,10 @@ class ALRSCallback(TrainerCallback):
             steps_per_epoch=steps_per_epoch(args, num_batches),
             model=model,
         )
-        resumed = lr_scheduler.__dict__.pop(STATE_KEY, None)
-        if resumed is not None:
+        resumed, stood_at = (lr_scheduler.__dict__.pop(key, None) for key in (STATE_KEY, STOOD_AT_KEY))
+        if resumed is not None and stood_at == lr_scheduler.last_epoch:
             scheduler.load_state_dict(resumed)
-        elif state.global_step > 0:
+        elif state.global_step > 0:  # or an old one that a run without ALRS has carried along
             _refuse_without_state(state.global_step)
         own_state_dict = type(lr_scheduler).state_dict
         lr_scheduler.step = scheduler.step
@@ -157,11 +157,12 @@ class ALRSCallback(TrainerCallback):
                 if key not in ("step", "get_last_lr", "state_dict")
             },
             STATE_KEY: scheduler.state_dict(),
+            STOOD_AT_KEY: lr_scheduler.last_epoch,
         }
         return scheduler
 
     def _after_forward(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> None:
-        if not module.training:
+        if not module.training or getattr(module, "_is_replica", False):  # DataParallel's, each in a thread of its own
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
         if isinstance(outputs, tuple) and outputs and torch.is_tensor(outputs[0]) and outputs[0].dim() == 0:
@@ -419,25 +420,25 @@ class ALRSTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if isinstance(self.lr_scheduler, ALRSScheduler):
-            self.lr_scheduler.observe(loss=loss, is_share=True)
+        if self.alrs_callback.scheduler is not None:
+            self.alrs_callback.scheduler.observe(loss=loss, is_share=True)
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if isinstance(self.lr_scheduler, ALRSScheduler):
-            self.lr_scheduler.observe(grad_norm=grad_norm)
+        if self.alrs_callback.scheduler is not None:
+            self.alrs_callback.scheduler.observe(grad_norm=grad_norm)
         return grad_norm
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.lr_scheduler, ALRSScheduler) and not kwargs.get("_internal_call"):
-            self.lr_scheduler.show_average()  # in the middle of a run; the next step trains the raw weights on
+        if self.alrs_callback.scheduler is not None and not kwargs.get("_internal_call"):
+            self.alrs_callback.scheduler.show_average()  # in the middle of a run; the next step trains the raw weights on
         super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.lr_scheduler, ALRSScheduler):
+        if self.alrs_callback.scheduler is not None:
             # All processes together; a callback that runs last may have asked for the save
-            self.lr_scheduler.prepare_save()
+            self.alrs_callback.scheduler.prepare_save()
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -446,8 +447,8 @@ class ALRSTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        scheduler = self.lr_scheduler
-        if "loss" in logs and isinstance(scheduler, ALRSScheduler) and scheduler.last_decision is not None:
+        scheduler = self.alrs_callback.scheduler
+        if "loss" in logs and scheduler is not None and scheduler.last_decision is not None:
             decision = scheduler.last_decision
             # Numbers alone, as trackers take nothing else
             logs["alrs/phase"] = {GATHER: 1, FIT: 2, DRIVE: 3, FALLBACK: 4}[decision.phase]

@@ -50,7 +50,9 @@ class RunRecorder(TrainerCallback):
         self.eval_seconds = 0.0
         self.accelerator: Any = None
         self.trainer: Trainer | None = None
-        self._earlier_phases: list[str] = []  # before the checkpoint that the run went on from
+        self._earlier_phases: list[str | None] = []  # before the checkpoint that the run went on from
+        self._first_step = 0  # optimizer steps of ALRS before this process
+        self._alrs_steps: list[int] = []  # after each recorded step; mixed precision may skip some
 
     def attach(self, trainer: Trainer) -> None:
         """Wraps the methods of a trainer that see the loss and the gradient norm, or whose time is not training."""
@@ -107,12 +109,16 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training, self.started = True, time.perf_counter()
+        if isinstance(self.trainer, ALRSTrainer):
+            self._first_step = self.trainer.alrs_callback.scheduler.last_epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.losses.append(self.loss)
         self.norms.append(self.norm)
         self.rates.append(self.rate)
         self.seconds.append(self.clock + time.perf_counter() - self.started)
+        if isinstance(self.trainer, ALRSTrainer):
+            self._alrs_steps.append(self.trainer.alrs_callback.scheduler.last_epoch)
         self.loss = None
         if self.on_step is not None and (
             state.global_step % _STEPS_BETWEEN_REPORTS == 0 or state.global_step == state.max_steps
@@ -146,11 +152,16 @@ class RunRecorder(TrainerCallback):
             self.losses = list(self.accelerator.reduce(losses.float(), reduction="mean").cpu())
 
     @property
-    def phases(self) -> list[str] | None:
-        """Phase of each optimizer step, where ALRS drives."""
+    def phases(self) -> list[str | None] | None:
+        """Phase of each recorded step where ALRS drives, `None` where the step was skipped or nothing has read it yet."""
         if not isinstance(self.trainer, ALRSTrainer):
             return None
-        return self._earlier_phases + self.trainer.alrs_callback.phases
+        known, phases, before = self.trainer.alrs_callback.phases, list(self._earlier_phases), self._first_step
+        for after in self._alrs_steps:
+            place = after - 1 - self._first_step
+            phases.append(known[place] if after > before and place < len(known) else None)
+            before = after
+        return phases
 
     def history(self) -> dict[str, Any]:
         """One list for each number of a step, rounded."""

@@ -27,9 +27,11 @@ from .signals import SignalRecorder, is_sharded, measuring_device, sharded_like
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 4
+STATE_VERSION = 5
 # Where our state travels inside that of the scheduler that Trainer owns and checkpoints, with the callback
 STATE_KEY = "alrs_state"
+# Beside it: where the scheduler that it lies in stood, which moves on only where ALRS does not drive
+STOOD_AT_KEY = "alrs_stood_at"
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
@@ -117,12 +119,13 @@ class ALRSScheduler(LRScheduler):
         self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
         self._average: WeightAverage | None = None
         self._parameters: list[torch.Tensor] = []
+        self._thawed: list[torch.Tensor] = []  # in groups that came after the start; no signals are measured on them
         self._find_parameters()
         if not self._parameters:
             raise InputError(
                 "optimizer", type(inner).__name__, "has no trainable parameter.", "Unfreeze at least one parameter."
             )
-        self._initial: list[torch.Tensor] | None = None
+        self._initial: dict[str, Any] | None = None  # what a restart goes back to
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
         buffers = dict(model.named_buffers()) if model is not None else {}
         self._initial_buffers = [b.detach().clone() for b in buffers.values()]
@@ -167,12 +170,14 @@ class ALRSScheduler(LRScheduler):
             grad_norm (`torch.Tensor` or `float`, *optional*): Norm of the gradient before clipping, for the history.
         """
         if loss is not None:
-            if isinstance(loss, torch.Tensor) and loss.dim() > 0:
-                loss = loss.detach().mean()
+            if isinstance(loss, torch.Tensor):
+                loss = loss.detach()
+                loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
+                loss = loss.mean() if loss.dim() > 0 else loss
             if self._loss is not None:
-                self._loss = self._loss + (loss.detach() if isinstance(loss, torch.Tensor) else loss)
+                self._loss = self._loss + loss
             else:  # a copy, as the caller may write the next loss into the same memory before this one is read
-                self._loss = loss.detach().clone() if isinstance(loss, torch.Tensor) else loss
+                self._loss = loss.clone() if isinstance(loss, torch.Tensor) else loss
             self._micro_batches = 1 if is_share else self._micro_batches + 1
         if grad_norm is not None:
             self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
@@ -350,6 +355,8 @@ class ALRSScheduler(LRScheduler):
 
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self.hide_average()
+        if len(self._inner.param_groups) > len(self.base_lrs):
+            self._set_rates()  # of layers that thaw with this step
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._look_at_gradients()
@@ -380,7 +387,11 @@ class ALRSScheduler(LRScheduler):
             self._find_parameters()
             self._recorder.start()
             if self.controller.restarts_possible:
-                self._initial = [*(_copied(p, None) for p in self._parameters), *self._initial_buffers]
+                self._initial = {
+                    "tensors": [*(_copied(p, None) for p in self._parameters), *self._initial_buffers],
+                    "optimizer": {},
+                    "groups": _numbers_of_groups(self._inner),
+                }
             self._initial_buffers = []
         if self.controller.is_decision(step):
             self._signals = self._recorder.measure(scale)
@@ -398,7 +409,7 @@ class ALRSScheduler(LRScheduler):
             self.last_meta_loss = decision.meta_loss
         if decision.action == "restart":
             if self._initial is not None:
-                self._load(self._initial, {})
+                self._load(self._initial)
                 self._recorder.reset()
         elif decision.action == "snapshot":
             self._snapshot = self._keep(None)
@@ -464,30 +475,49 @@ class ALRSScheduler(LRScheduler):
         return {
             "tensors": [_copied(t, device) for t in self._restored_tensors()],
             "optimizer": _copied_state(self._inner, device),
+            "groups": _numbers_of_groups(self._inner),
             "recorder": self._recorder.state_dict(),
         }
 
     def _bring_back(self, kept: dict[str, Any]) -> None:
-        self._load(kept["tensors"], kept["optimizer"])
+        self._load(kept)
         self._recorder.load_state_dict(kept["recorder"])
 
     def _restored_tensors(self) -> list[torch.Tensor]:
         buffers = dict(self.model.named_buffers()) if self.model is not None else {}
         nothing = torch.empty(0)  # a forward pass may make buffers, take them away, or exchange them for larger ones
-        return [*self._parameters, *(buffers.get(name, nothing) for name in self._buffer_names)]
+        return [*self._parameters, *(buffers.get(name, nothing) for name in self._buffer_names), *self._thawed]
 
     @torch.no_grad()
-    def _load(self, tensors: list[torch.Tensor], optimizer_state: dict[int, dict[str, Any]]) -> None:
-        for target, source in zip(self._restored_tensors(), tensors, strict=True):
+    def _load(self, kept: dict[str, Any]) -> None:
+        for target, source in zip(self._restored_tensors(), kept["tensors"], strict=True):
             if _local(target).shape == source.shape:
                 _local(target).copy_(source)
         self._inner.state.clear()
-        parameters = [p for group in self._inner.param_groups for p in group["params"]]
-        for index, values in optimizer_state.items():
-            self._inner.state[parameters[index]] = {
-                key: _cloned_beside(value, parameters[index]) if isinstance(value, torch.Tensor) else value
+        groups = self._inner.param_groups
+        places = [(p, group) for group in groups for p in group["params"]]
+        for index, values in kept["optimizer"].items():
+            parameter, group = places[index]
+            self._inner.state[parameter] = {
+                key: _cloned_beside(value, parameter, group) if isinstance(value, torch.Tensor) else value
                 for key, value in values.items()
             }
+        for group, numbers in zip(groups, kept["groups"], strict=False):  # later groups had none then
+            group.update(numbers)
+
+    def _take_in(self, thawed: list[torch.Tensor]) -> None:
+        """Layers that thaw are averaged, restarted and rolled back with the others, to what they are now at the earliest."""
+        self._thawed += thawed
+        for kept in (self._initial, self._snapshot, self._good):
+            if kept is not None:
+                kept["tensors"] += [_copied(p, torch.device("cpu") if kept is self._good else None) for p in thawed]
+        if self._good is not None:
+            self._good.pop("average", None)
+        if self._average is not None:  # begins anew, with all of them
+            self.hide_average()
+            self._average = WeightAverage(
+                [*self._average.parameters, *thawed], self.model, self.controller.num_training_steps
+            )
 
     # Rates
 
@@ -506,12 +536,8 @@ class ALRSScheduler(LRScheduler):
         added = groups[len(self.base_lrs) :]  # after the start, as when layers thaw
         for group in added:
             self.base_lrs.append(float(group.setdefault("initial_lr", group["lr"])))
-        if added and self._average is not None:  # begins anew, with all of them
-            thawed = [p for group in added for p in group["params"] if p.requires_grad]
-            self.hide_average()
-            self._average = WeightAverage(
-                [*self._average.parameters, *thawed], self.model, self.controller.num_training_steps
-            )
+        if added:
+            self._take_in([p for group in added for p in group["params"] if p.requires_grad])
         rates = self.get_lr()
         for group, rate in zip(groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -524,7 +550,7 @@ class ALRSScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the rest of the run: tensors and plain Python values alone (`weights_only=True`)."""
-        return {
+        state = {
             "alrs_state_version": STATE_VERSION,
             "feature_version": FEATURE_VERSION,
             "config": self.config.to_dict(),
@@ -537,6 +563,7 @@ class ALRSScheduler(LRScheduler):
             "rank": torch.distributed.get_rank() if any(map(is_sharded, self._parameters)) else None,
             "told": sorted(self._told),
             "num_measured_groups": len(self._driven),
+            "buffer_names": list(self._buffer_names),
             "steps": self._steps,
             "optimizer_steps": self._optimizer_steps,
             "pending": [list(entry) for entry in self._pending],
@@ -546,6 +573,8 @@ class ALRSScheduler(LRScheduler):
             "step_count": self._step_count,
             "seconds": self.seconds,
         }
+        # Trainer and accelerate load a scheduler's state onto the devices that it was saved from, which may not be there
+        return _moved(state, torch.device("cpu"), scalars=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
@@ -556,7 +585,8 @@ class ALRSScheduler(LRScheduler):
                 parameters.
         """
         if isinstance(state_dict.get(STATE_KEY), dict):  # of a checkpoint that was made with the callback
-            state_dict = state_dict[STATE_KEY]
+            stale = state_dict.get(STOOD_AT_KEY) != state_dict.get("last_epoch")  # a run without ALRS went on from it
+            state_dict = {} if stale else state_dict[STATE_KEY]
         if "alrs_state_version" not in state_dict:
             raise InputError(
                 "checkpoint",
@@ -599,7 +629,8 @@ class ALRSScheduler(LRScheduler):
         averaged = self._trained_parameters()
         self._driven = self._driven[:num_measured]  # signals leave out what thawed later, the average does not
         self._find_parameters()
-        if self._average is not None and len(averaged) > len(self._parameters):
+        self._thawed = averaged[len(self._parameters) :]
+        if self._average is not None and self._thawed:
             self._average = WeightAverage(averaged, self.model, self.controller.num_training_steps)
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
@@ -613,7 +644,8 @@ class ALRSScheduler(LRScheduler):
         self._recorder.load_state_dict(state_dict["recorder"])
         device = self._recorder.device
         initial = state_dict["initial"]
-        self._initial = None if initial is None else [t.to(device) for t in initial]
+        self._initial = _moved(initial, device)
+        self._buffer_names = list(state_dict["buffer_names"])
         self._snapshot = _moved(state_dict["snapshot"], device)
         self._good = _moved(state_dict["good"], torch.device("cpu"))
         if any(map(is_sharded, self._parameters)) and not _are_own_shards(state_dict["rank"], device):
@@ -653,13 +685,13 @@ def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:
     return torch.cat([x.to(device).double().reshape(1) for x in tensors])
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Nested lists and dictionaries with their tensors on `device`; scalars of optimizers stay on the CPU."""
+def _moved(value: Any, device: torch.device, scalars: bool = False) -> Any:
+    """Nested lists and dictionaries with their tensors on `device`; those of one number only with `scalars`."""
     if isinstance(value, torch.Tensor):
-        return value.to(device) if value.dim() > 0 else value
+        return value.to(device) if value.dim() > 0 or scalars else value
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return [_moved(item, device) for item in value] if isinstance(value, list) else value
+        return {key: _moved(item, device, scalars) for key, item in value.items()}
+    return [_moved(item, device, scalars) for item in value] if isinstance(value, list) else value
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -672,10 +704,11 @@ def _copied(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     return local.clone() if device is None else local.to(device, copy=True)
 
 
-def _cloned_beside(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy on the parameter's device, sharded as it is; step counters of optimizers stay on the CPU."""
+def _cloned_beside(value: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """A copy on the parameter's device, sharded as it is; step counters are where torch's optimizers have them."""
     if value.dim() == 0:
-        return value.clone()
+        beside = group.get("fused") or group.get("capturable")
+        return value.to(parameter.device, copy=True) if beside else value.clone()
     copy = value.to(parameter.device, copy=True)
     return sharded_like(copy, parameter) if is_sharded(parameter) and value.shape == _local(parameter).shape else copy
 
@@ -692,12 +725,20 @@ def _copied_state(optimizer: Optimizer, device: torch.device | None) -> dict[int
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         index: {
-            key: _copied(value, device) if isinstance(value, torch.Tensor) else value
+            key: _copied(value, device if value.dim() > 0 else None) if isinstance(value, torch.Tensor) else value
             for key, value in optimizer.state[p].items()
         }
         for index, p in enumerate(parameters)
         if p in optimizer.state
     }
+
+
+def _numbers_of_groups(optimizer: Optimizer) -> list[dict[str, float]]:
+    """What optimizers count in their groups (Schedule-Free, Prodigy); rates are set anew at every step."""
+    return [
+        {key: value for key, value in group.items() if type(value) in (int, float) and key not in ("lr", "initial_lr")}
+        for group in optimizer.param_groups
+    ]
 
 
 def _is_first_process() -> bool:

@@ -116,6 +116,33 @@ def test_the_length_of_an_epoch_is_that_of_the_loader(tmp_path: Path, moving_con
         assert scheduler.controller.decision_interval == 16
 
 
+def test_alrs_trainer_sees_all_with_a_schedule_of_the_script_too(tmp_path: Path, moving_config: Config) -> None:
+    model = tiny_classifier()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = make_trainer("trainer", arguments(tmp_path), moving_config(), model, optimizers=(optimizer, schedule))
+    trainer.train()
+    history = history_of(tmp_path)
+    assert len(history) == NUM_STEPS
+    assert [entry["loss"] for entry in history] == pytest.approx(logged(trainer, "loss"), rel=1e-3)
+    assert all(entry["grad_norm"] > 0 for entry in history)
+    assert logged(trainer, "alrs/log_multiplier")
+
+
+def test_the_replicas_of_data_parallel_tell_nothing(tmp_path: Path, moving_config: Config) -> None:
+    callback = ALRSCallback(moving_config())
+    callback.scheduler = SimpleNamespace(observe=lambda **kwargs: told.append(kwargs["loss"]))
+    told: list[torch.Tensor] = []
+    model = tiny_classifier()
+    model.register_forward_hook(callback._after_forward, with_kwargs=True)
+    replica = model._replicate_for_data_parallel()
+    replica.forward = lambda **_: {"loss": torch.tensor(1.0)}
+    replica(x=torch.zeros(1, 6))
+    assert not told
+    model(x=torch.zeros(1, 6), labels=torch.zeros(1, dtype=torch.long))
+    assert len(told) == 1
+
+
 def test_a_callback_that_is_added_to_alrs_trainer_is_refused(tmp_path: Path, moving_config: Config) -> None:
     trainer = make_trainer("trainer", arguments(tmp_path), moving_config())
     trainer.add_callback(ALRSCallback())

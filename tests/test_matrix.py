@@ -1,6 +1,8 @@
 """A matrix of runs: comparable cells, stored runs that are not repeated, failures that are recorded."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,13 +10,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import tiny_classifier, tiny_dataset
+from transformers import TrainingArguments
 
 from hf_alrs.baselines import BASELINES, MIN_EVALUATIONS, scheduler_kwargs
+from hf_alrs.callback import ALRSTrainer
 from hf_alrs.config import ALRSConfig, InputError
 from hf_alrs.experiment import DataArguments
 from hf_alrs.matrix import (
@@ -27,7 +33,7 @@ from hf_alrs.matrix import (
     write_record,
 )
 from hf_alrs.range_test import RangeTestScheduler, suggested_rate
-from hf_alrs.recording import hash_tensors
+from hf_alrs.recording import RunRecorder, hash_tensors
 from hf_alrs.report import validate_result
 from tasks import TASKS
 
@@ -49,6 +55,41 @@ def experiment() -> Experiment:
 
 def read(folder: Path) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in folder.glob("*--*.json")}
+
+
+def test_a_run_that_dies_has_a_valid_record(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = ALRSTrainer.training_step
+
+    def failing(self: ALRSTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 13:
+            raise RuntimeError("CUDA out of memory")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ALRSTrainer, "training_step", failing)
+    assert run_matrix(experiment, build_matrix("sample", ["alrs"], [1e-3], [0]), tmp_path) == 1
+    ((name, record),) = read(tmp_path).items()
+    validate_result(record, name)
+    phases = record["history"]["phase"]
+    assert record["status"] == "failed" and len(phases) == 13 and "gather" in phases
+
+
+def test_steps_that_mixed_precision_skips_have_no_phase(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", max_steps=40, disable_tqdm=True
+    )
+    config = ALRSConfig(network="scratch", num_probes=0)
+    trainer = ALRSTrainer(tiny_classifier(), args, train_dataset=tiny_dataset(), alrs_config=config)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    calls = itertools.count()
+    trainer.model.last.bias.register_hook(lambda g: g * math.inf if next(calls) in (2, 7) else g)
+    recorder = RunRecorder()
+    recorder.attach(trainer)
+    trainer.train()
+    lengths = {len(values) for values in recorder.history().values()}
+    assert lengths == {40}
+    assert [step for step, phase in enumerate(recorder.phases) if phase is None] == [2, 7]
 
 
 def test_cells_of_a_seed_start_alike_and_records_are_valid(experiment: Experiment, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import scratch_network, tiny_classifier, tiny_dataset
+from conftest import network_saying, scratch_network, tiny_classifier, tiny_dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -251,6 +251,50 @@ def test_a_checkpoint_of_the_model_alone_is_refused(route: str, network: str, tm
     with pytest.raises(InputError, match="holds no state of ALRS"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert (tmp_path / "alrs_history.jsonl").read_text() == history
+
+
+@pytest.mark.reliability("checkpoint of a run that went on without ALRS: refused, not taken for the state of before")
+@pytest.mark.parametrize("route", ["callback", "trainer"])
+def test_a_state_that_a_run_without_alrs_has_carried_along_is_refused(
+    route: str, network: str, tmp_path: Path
+) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4, max_steps=4)
+    make_trainer("callback", args, config_for(network)).train()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4, max_steps=8)
+    plain = Trainer(tiny_classifier(dropout=0.3, batch_norm=True), args, train_dataset=tiny_dataset())
+    plain.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer = make_trainer(route, arguments(tmp_path), config_for(network))
+    with pytest.raises(InputError, match="checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("route", ["callback", "trainer"])
+def test_a_run_may_go_on_in_its_process_after_its_model_made_a_buffer(route: str, tmp_path: Path) -> None:
+    class MakesABuffer(type(tiny_classifier())):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            if not hasattr(self, "cache"):
+                self.register_buffer("cache", torch.zeros(3), persistent=False)
+            return super().forward(x, labels)
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6 and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+
+        done = False
+
+    network_saying(-3.0).save_pretrained(str(tmp_path / "network"))  # restarts after the jump
+    config = config_for(str(tmp_path / "network"), phase1_steps=9, meta_num_epochs=0)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4)
+    trainer = make_trainer(route, args, config, [Interrupt()])
+    trainer.model.__class__ = MakesABuffer
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    scheduler = scheduler_of(trainer)
+    assert "restart" in [entry.get("action") for entry in history_of(tmp_path)]
+    assert "cache" not in scheduler._buffer_names
 
 
 @pytest.mark.reliability("checkpoint of an ALRS run under another scheduler: refused with the remedy")

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import TinyClassifier, network_saying, quiet_settings, scratch_network, tiny_classifier, tiny_dataset
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import ExponentialLR, OneCycleLR, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import SchedulerType
 
 from hf_alrs import ALRSConfig, ALRSScheduler, InputError, get_scheduler
+from hf_alrs.scheduler import _cloned_beside, _moved
 
 
 T, K = 40, 4
@@ -1064,6 +1067,82 @@ def test_a_restart_leaves_buffers_alone_that_the_forward_pass_made(quiet: Config
     train_classifier(model, optimizer, scheduler, 2 * K + 1)
     assert scheduler.last_decision.action == "restart"
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.reliability("a batch of NaN after layers have thawed: all weights go back, the thawed ones too")
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize(
+    "thaw", [None, 10, 21]
+)  # 21: the last decision before the batch that is NaN has not seen them
+def test_a_rollback_brings_back_layers_that_thawed(thaw: int | None, average: bool, quiet: Config) -> None:
+    model = tiny_classifier()
+    model.first.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    config = quiet(rollback=True, average_weights=average)
+    scheduler = ALRSScheduler(optimizer, 40, config=config, model=model)
+    batch = next(iter(DataLoader(tiny_dataset(), batch_size=64)))
+    for step in range(40):
+        if step == thaw:
+            model.first.requires_grad_(True)
+            optimizer.add_param_group({"params": list(model.first.parameters()), "lr": 0.01})
+        optimizer.zero_grad()
+        loss = model(**batch)["loss"] * (math.nan if step == 22 else 1)
+        scheduler.observe(loss=loss)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert model(**batch)["loss"] < 1.1
+
+
+def test_layers_may_thaw_before_a_restart(quiet: Config) -> None:
+    model = tiny_classifier(batch_norm=True)
+    model.first.requires_grad_(False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    config = quiet(says=-3.0, max_restarts=1, restart_window=1.0)
+    scheduler = ALRSScheduler(optimizer, T, config=config, model=model)
+    train_classifier(model, optimizer, scheduler, 2)
+    model.first.requires_grad_(True)
+    optimizer.add_param_group({"params": list(model.first.parameters()), "lr": 0.05})
+    before = [p.detach().clone() for p in model.first.parameters()]
+    train_classifier(model, optimizer, scheduler, 2 * K - 1)
+    assert scheduler.last_decision.action == "restart"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.first.parameters(), strict=True))
+
+
+def test_a_restart_resets_what_the_optimizer_counts_in_its_groups(quiet: Config) -> None:
+    model = tiny_classifier()
+    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.05)
+    optimizer.train()
+    config = quiet(says=-3.0, max_restarts=1, restart_window=1.0)
+    scheduler = ALRSScheduler(optimizer, T, config=config, model=model)
+    train_classifier(model, optimizer, scheduler, 2 * K + 1)
+    assert scheduler.last_decision.action == "restart"
+    (group,) = optimizer.param_groups
+    assert (group["k"], group["weight_sum"], group["lr_max"]) == (0, 0.0, -1.0)
+    assert group["lr"] == pytest.approx(0.05 * math.exp(-3) * (1 - 9 / T), rel=1e-4)
+
+
+def test_step_counters_go_where_the_optimizer_has_them() -> None:
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(3, 4, device="cuda:0"))
+        step, beside = torch.tensor(1.0), torch.tensor(1.0, device="cuda:0")
+        assert _cloned_beside(step, parameter, {"fused": True}).device.type == "cuda"
+        assert _cloned_beside(step, parameter, {"capturable": True}).device.type == "cuda"
+        assert _cloned_beside(step, parameter, {"fused": None}).device.type == "cpu"
+        assert _cloned_beside(beside, parameter, {}).device.type == "cuda"
+        state = {"a": [beside, {"b": parameter.detach()}], "c": 3}
+        moved = _moved(state, torch.device("cpu"), scalars=True)
+        assert moved["a"][0].device.type == moved["a"][1]["b"].device.type == "cpu" and moved["c"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_micro_batches_of_half_precision_are_added_in_single(dtype: torch.dtype, quiet: Config) -> None:
+    scheduler = ALRSScheduler(sgd(), T, config=quiet())
+    losses = [torch.tensor(1.0 + i / 256, dtype=dtype) for i in range(64)]
+    for loss in losses:
+        scheduler.observe(loss=loss)
+    assert float(scheduler._loss) == pytest.approx(sum(map(float, losses)), rel=1e-6)
 
 
 def test_an_optimizer_without_a_rate_is_refused(quiet: Config) -> None:

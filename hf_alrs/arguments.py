@@ -332,7 +332,7 @@ def parse(
         raise
     except (ValueError, ImportError) as error:  # what TrainingArguments finds
         named = [name for name in re.findall(r"\w+", str(error)) if name in changed]
-        field, value = (named[0], changed[named[0]]) if named else ("options", " ".join(rest))
+        field, value = (named[0], changed[named[0]]) if named else ("options", _without_token(rest))
         where = f" Options are given in {known.config}, too." if recipe else ""
         rule = f"is refused: {str(error).strip().rstrip('.')}.{where}"
         raise InputError(field, value, rule, "Correct it, or what goes with it.") from error
@@ -340,6 +340,11 @@ def parse(
         if isinstance(values, TrainingArguments):
             _check_training(values)
     return task, parsed, changed
+
+
+def _without_token(arguments: Sequence[str]) -> str:
+    line = " ".join(arguments)
+    return re.sub(r"(--hub[_-]token(?:=| +))\S+", r"\1***", line)
 
 
 def _check_training(args: TrainingArguments) -> None:

@@ -290,7 +290,7 @@ def _shown_path(value: Any) -> Any:
 
 def _shown_source(source: str) -> str:
     """The description of the data, with a local path cut to its last name."""
-    return re.sub(r"^(local (?:folder|file)) (\S+)", lambda m: f"{m[1]} {Path(m[2]).name}", source)
+    return re.sub(r"^(local (?:folder|file)) (.+?)(?=; |$)", lambda m: f"{m[1]} {Path(m[2]).name}", source)
 
 
 def write_model_card(model: TrainedModel) -> list[str]:

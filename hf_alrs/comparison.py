@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainingArguments
 
 from .arguments import SAMPLE, ALRSArguments, CompareArguments, RunArguments, parse
+from .cards import RECIPE_FILE
 from .config import InputError
 from .experiment import DataArguments, Task, find_baseline
 from .matrix import Experiment, RunSpec, build_matrix, missing, refuse_other_settings, run_matrix
@@ -81,6 +82,10 @@ def compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: s
     rates = matrix.learning_rates or [args.learning_rate]
     specs = build_matrix(name, matrix.schedulers, rates, matrix.seeds)
     refuse_other_settings(experiment, name, output_dir)
+    if any((output_dir / name).is_file() for name in (RECIPE_FILE, "all_results.json", "eval_results.json")):
+        raise InputError(
+            "output_dir", str(output_dir), "is the folder of a single run.", "Give the comparison a folder of its own."
+        )
     check_network(matrix.schedulers, experiment.alrs_config)
     stepped = [name for name in matrix.schedulers if find_baseline(name).needs_evaluation]
     if stepped and not experiment.data.controller_split:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import re
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -36,6 +37,9 @@ from .network import load_network
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_PATHS_FILE = "run_paths.json"
+# What an earlier run has left in the folder of one that starts afresh
+_LEFT_BEHIND = (HISTORY_NAME, "predict_results.txt", cards.TRACE_FILE, TRAINER_STATE_NAME)
 # Options that say how a run is watched, kept and scored, not how it trains
 _WATCHING = re.compile(
     r"(eval_.*|save_.*|logging_.*|dataloader_(num|pin|pers|pre).*|per_device_eval_.*|max_eval_samples)"
@@ -63,13 +67,18 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     if not any(changed.get(name) for name in ("do_train", "do_eval", "do_predict")):
         args.do_train = args.do_eval = True
     if args.do_train:
-        _keep_recipe(Path(args.output_dir), cards.recipe_of(task.name, options), args)
+        _keep_recipe(Path(args.output_dir), cards.recipe_of(task.name, options), _local_paths(options), args)
     with args.main_process_first(desc="dataset"):
         prepared = task.prepare(data)
     if prepared.reference is not None and data.fold is None:
         if args.push_to_hub:
             raise InputError(
                 "push_to_hub", True, "every fold has a model of its own.", "Give --fold to train and push one of them."
+            )
+        if args.resume_from_checkpoint is not None:
+            rule = "every fold has checkpoints of its own, and goes on from its last one."
+            raise InputError(
+                "resume_from_checkpoint", args.resume_from_checkpoint, rule, "Give --fold, or leave it out."
             )
         return _cross_validate(task, data, alrs.scheduler, args, config)
     repo_id = _prepare_push(args, changed, token)
@@ -79,7 +88,7 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
         if repo_id is not None:
             _push_model(repo_id, Path(args.output_dir), token)
 
-    return _train_prepared(task, prepared, alrs.scheduler, args, config, on_end)
+    return _train_prepared(task, prepared, alrs.scheduler, args, config, data.model_name_or_path is not None, on_end)
 
 
 def check_network(schedulers: Iterable[str], config: ALRSConfig) -> None:
@@ -92,32 +101,52 @@ def check_network(schedulers: Iterable[str], config: ALRSConfig) -> None:
         load_network(own.network, own.hidden_sizes, own.seed)
 
 
-def _keep_recipe(folder: Path, recipe: dict[str, Any], args: TrainingArguments) -> None:
+def _keep_recipe(folder: Path, recipe: dict[str, Any], local: dict[str, str], args: TrainingArguments) -> None:
     """
     Writes down which run the folder is of.
 
     Raises:
-        `InputError`: If its checkpoints are of another one, whose results would be reported as this one's.
+        `InputError`: If its checkpoints are of another one, whose results would be reported as this one's, or it is the
+            folder of a comparison.
     """
-    path = folder / cards.RECIPE_FILE
+    if any(folder.glob("*--*--lr*--seed*.json")):
+        raise InputError("output_dir", str(folder), "is the folder of a comparison.", "Give the run one of its own.")
+    path, paths = folder / cards.RECIPE_FILE, folder / _PATHS_FILE
     recipe = yaml.safe_load(yaml.safe_dump(recipe))
     begun = any(_last_checkpoint(f) for f in (folder, *folder.glob("fold-*")))
     if path.is_file() and begun and args.resume_from_checkpoint is None:
+        remedy = "Give another --output_dir, or the same options to go on with that run."
         earlier = read_recipe(path)
         for name in (name for name in {**recipe, **earlier} if not _WATCHING.fullmatch(name)):
             old, new = (options.get(name, "its default") for options in (earlier, recipe))
             if old != new:
-                raise InputError(
-                    name,
-                    new,
-                    f"{folder} holds the checkpoints of a run with {old!r}.",
-                    "Give another --output_dir, or the same options to go on with that run.",
-                )
+                raise InputError(name, new, f"{folder} holds the checkpoints of a run with {old!r}.", remedy)
+        earlier_paths = json.loads(paths.read_text()) if paths.is_file() else {}
+        for name in local.keys() & earlier_paths.keys():
+            if local[name] != earlier_paths[name]:
+                rule = f"{folder} holds the checkpoints of a run with another one of this name."
+                raise InputError(name, recipe.get(name), rule, remedy)
     if args.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        temporary.replace(path)
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        for file, content in ((path, text), (paths, json.dumps(local, indent=4))):
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(file)
+
+
+def _local_paths(options: Mapping[str, Any]) -> dict[str, str]:
+    """
+    A hash of each option that is a file or folder of this machine: a recipe, which is published, names it by the last part
+    of its path, and two of one name are not the same.
+    """
+    return {
+        name: hashlib.sha256(str(Path(value).expanduser().resolve()).encode()).hexdigest()
+        for name, value in options.items()
+        if name in ("dataset_name", "model_name_or_path", "network")
+        and isinstance(value, str)
+        and Path(value).expanduser().exists()
+    }
 
 
 def take_token(args: TrainingArguments, changed: dict[str, Any]) -> str | None:
@@ -209,7 +238,7 @@ def _cross_validate(
         prepared = task.prepare(replace(data, fold=fold))
         fold_args = copy.copy(args)
         fold_args.output_dir = str(Path(args.output_dir) / f"fold-{fold}")
-        runs.append(_train_prepared(task, prepared, scheduler, fold_args, config))
+        runs.append(_train_prepared(task, prepared, scheduler, fold_args, config, data.model_name_or_path is not None))
         references.append({f"eval_{key}": value for key, value in prepared.reference().items()})
     shared = [key for key in references[0] if key in runs[0]]
     means, reference_means = (
@@ -232,18 +261,26 @@ def _train_prepared(
     scheduler: str,
     args: TrainingArguments,
     config: ALRSConfig,
+    is_pretrained: bool,
     on_end: Callable[[Trainer], None] | None = None,
 ) -> dict[str, float]:
     _print_plan(task, prepared, args, scheduler)
     _check_with_data(prepared, args)
     set_seed(args.seed)
-    trainer = build_trainer(prepared, prepared.model_init(), args, scheduler, config)
+    model = prepared.model_init()
+    if not args.do_train and not is_pretrained:
+        model = _trained_model(type(model), Path(args.output_dir))
+    trainer = build_trainer(prepared, model, args, scheduler, config)
     for callback in trainer.callback_handler.callbacks:
         # Its own default is known only when training begins, and the evaluation before it would go to ./runs
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(args.output_dir) / "runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
     checkpoint = args.resume_from_checkpoint or _last_checkpoint(Path(args.output_dir))
     metrics: dict[str, float] = {}
+    if args.do_train and checkpoint is None and args.process_index == 0:
+        folder = Path(args.output_dir)
+        for path in (*(folder / name for name in _LEFT_BEHIND), *folder.glob("*_results.json")):
+            path.unlink(missing_ok=True)
     if args.do_eval and args.do_train and checkpoint is None:
         before = _evaluate(trainer, prepared)
         before.pop("epoch", None)  # none has passed
@@ -281,6 +318,21 @@ def _train_prepared(
     if args.do_train and on_end is not None and trainer.is_world_process_zero():
         on_end(trainer)
     return metrics
+
+
+def _trained_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """
+    Raises:
+        `InputError`: If no run has left its model in the folder.
+    """
+    if not (folder / "config.json").is_file():
+        rule = "there is no trained model in it, and none is given by model_name_or_path."
+        raise InputError("output_dir", str(folder), rule, "Add --do_train, or give the folder of a run.")
+    try:
+        return model_class.from_pretrained(folder)
+    except Exception as error:  # of the many types that files which are none raise
+        rule = f"its model cannot be loaded ({type(error).__name__}: {str(error)[:200]})."
+        raise InputError("output_dir", str(folder), rule, "Add --do_train, or give the folder of a run.") from error
 
 
 def _check_with_data(prepared: PreparedTask, args: TrainingArguments) -> None:

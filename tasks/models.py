@@ -243,6 +243,9 @@ class BiLSTMForSequenceClassification(SmallPreTrainedModel):
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         # A text without a single character has length 0: it is read as one padding word.
+        if input_ids.shape[1] == 0:
+            input_ids = input_ids.new_full((len(input_ids), 1), self.config.pad_token_id, dtype=torch.long)
+            attention_mask = torch.zeros_like(input_ids)
         lengths = attention_mask.sum(dim=1).clamp(min=1)[:, None]
         position = torch.arange(input_ids.shape[1], device=input_ids.device)[None, :]
         is_word = (position < lengths)[:, :, None]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from hf_alrs.experiment import DataArguments, InputError
 
@@ -336,8 +336,15 @@ def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) 
         rows (`Dataset`): The train split.
         column (`str`): The label column.
         known (`Sequence[str]`, *optional*): The task's own class names.
+
+    Raises:
+        InputError: If labels are lists or the like, or whole numbers that do not begin at 0.
     """
     feature = rows.features[column]
+    if not isinstance(feature, (Value, ClassLabel)):
+        raise InputError(
+            "label_column", column, "a label is one value, and this column holds several.", "Give another column."
+        )
     if isinstance(feature, ClassLabel) and feature.names:
         return list(feature.names)
     values = [value for value in rows.unique(column) if not _is_missing(value)]
@@ -348,6 +355,14 @@ def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) 
     if known is not None:
         return list(known)
     numbers = [int(value) for value in values if float(value) == int(value) and value != UNLABELLED]
+    if numbers and min(numbers) > 0:
+        shown = ", ".join(map(str, sorted(numbers)[:10]))
+        raise InputError(
+            "label_column",
+            column,
+            f"its labels are {shown}; whole numbers must be 0 to n - 1.",
+            "Number the classes from 0, or write their names.",
+        )
     return [str(number) for number in range(max(numbers, default=-1) + 1)]
 
 

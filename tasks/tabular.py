@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,6 +20,8 @@ from .models import TabularNetConfig, TabularNetForClassification
 from .sources import SAMPLE, Part, Source, check_arguments, check_choice, find_column, load_source, split_examples
 from .text import label_options, load_pretrained
 
+
+logger = logging.getLogger("hf_alrs.tasks.tabular")  # a level that run scripts show
 
 # The report's network, and that of its code changes.
 MODEL_TYPES: dict[str, dict[str, Any]] = {
@@ -44,9 +47,29 @@ def add_titanic_columns(frame: pd.DataFrame) -> pd.DataFrame:
     """
     frame = frame.copy()
     frame["Title"] = [_title(name) for name in frame["Name"]]
-    frame["FamilySize"] = pd.to_numeric(frame["SibSp"]) + pd.to_numeric(frame["Parch"]) + 1
-    frame["LogFare"] = np.log1p(pd.to_numeric(frame["Fare"]).astype(float))
+    frame["FamilySize"] = numbers(frame, "SibSp") + numbers(frame, "Parch") + 1
+    fare = numbers(frame, "Fare")
+    frame["LogFare"] = np.log1p(fare.where(fare >= 0))
     return frame
+
+
+def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
+    """
+    A column as floats, NaN where missing.
+
+    Raises:
+        InputError: If it holds something else, or infinity.
+    """
+    try:
+        values = pd.to_numeric(frame[column]).astype(float)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "dataset_name", column, f"the column holds something that is no number ({error}).", "Correct it."
+        ) from error
+    if np.isinf(values).any():
+        row = values.index[np.isinf(values)][0]
+        raise InputError("dataset_name", column, f"row {row} holds infinity.", "Leave it empty, or correct it.")
+    return values
 
 
 def _title(name: Any) -> str | None:
@@ -72,7 +95,7 @@ def choose_columns(frame: pd.DataFrame, label_column: str) -> tuple[list[str], l
     """
     numeric, categorical = [], []
     for name in frame.columns:
-        values = frame[name].dropna()
+        values = frame[name].dropna().infer_objects()  # booleans with missing values come as objects
         if name == label_column or values.empty:
             continue
         if pd.api.types.is_numeric_dtype(values):
@@ -259,12 +282,7 @@ class TabularProcessor(FeatureExtractionMixin):
         columns = {}
         for entry in self.numeric:
             column = entry["column"]
-            try:
-                columns[column] = pd.to_numeric(frame[column]).astype(float)
-            except (TypeError, ValueError) as error:
-                raise InputError(
-                    "dataset_name", column, f"the column holds something that is no number ({error}).", "Correct it."
-                ) from error
+            columns[column] = numbers(frame, column)
         for entry in self.categorical:
             columns[entry["column"]] = category_texts(frame[entry["column"]])
         return pd.DataFrame(columns, index=frame.index)
@@ -373,7 +391,10 @@ def prepare_tabular(arguments: DataArguments) -> PreparedTask:
     train_frame = read_frame(splits.train)
     titanic = set(TITANIC_COLUMNS) <= set(train_frame.columns)
     if titanic:
-        numeric, categorical = list(TITANIC_NUMERIC), list(TITANIC_CATEGORICAL)
+        known = add_titanic_columns(train_frame)
+        numeric, categorical = (
+            [name for name in names if known[name].notna().any()] for names in (TITANIC_NUMERIC, TITANIC_CATEGORICAL)
+        )
     else:
         numeric, categorical = choose_columns(train_frame, label_column)
     if not numeric and not categorical:
@@ -383,6 +404,9 @@ def prepare_tabular(arguments: DataArguments) -> PreparedTask:
             f"no column is a number or a category of at most {MAX_CATEGORIES} values.",
             "Give a table with such columns besides the label.",
         )
+    used = {*numeric, *categorical, label_column}
+    if not titanic and (unused := [str(name) for name in train_frame.columns if name not in used]):
+        logger.info("Columns that are not learnt from: %s.", ", ".join(unused))
     processor = TabularProcessor.fit(train_frame, numeric, categorical, titanic=titanic)
 
     eval_is_fold = splits.eval.split == splits.train.split
@@ -402,11 +426,11 @@ def prepare_tabular(arguments: DataArguments) -> PreparedTask:
         processing_class=processor,
         label_names=splits.label_names,
         source=splits.description,
-        reference=partial(logistic_regression, train, evaluation) if eval_is_fold else None,
+        reference=partial(logistic_regression, train, evaluation, len(splits.label_names)) if eval_is_fold else None,
     )
 
 
-def logistic_regression(train: TabularDataset, evaluation: TabularDataset) -> dict[str, float]:
+def logistic_regression(train: TabularDataset, evaluation: TabularDataset, num_classes: int) -> dict[str, float]:
     """Metrics of scikit-learn's logistic regression at its defaults, on the numbers that the network gets too."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, f1_score, log_loss
@@ -414,7 +438,7 @@ def logistic_regression(train: TabularDataset, evaluation: TabularDataset) -> di
     model = LogisticRegression(max_iter=1000).fit(train.features.numpy(), train.labels.numpy())
     labels, inputs = evaluation.labels.numpy(), evaluation.features.numpy()
     predicted = model.predict(inputs)
-    average = "binary" if len(model.classes_) == 2 else "macro"
+    average = "binary" if num_classes == 2 else "macro"
     return {
         "loss": float(log_loss(labels, model.predict_proba(inputs), labels=model.classes_)),
         "accuracy": float(accuracy_score(labels, predicted)),

@@ -160,6 +160,10 @@ def prepare_text(arguments: DataArguments) -> PreparedTask:
         model_init = encoder.model_init(splits.label_names)
     else:
         max_length = arguments.max_seq_length or problem.max_seq_length
+        least = 3 if model_type == "tiny-bert" else 1
+        if max_length < least:
+            rule = "leaves no room for a word between the two special tokens of the encoder."
+            raise InputError("max_seq_length", max_length, rule, f"Give --max_seq_length {least} or more.")
         tokenizer = train_word_tokenizer(
             (text for texts in train_texts for text in texts), max_length, for_encoder=model_type == "tiny-bert"
         )

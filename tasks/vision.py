@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image as PILImage
+from PIL import ImageOps
 from torchvision.transforms import v2
 from transformers import (
     AutoConfig,
@@ -57,6 +58,7 @@ AUGMENTATIONS = ("standard", "report", "none")
 IMAGE_COLUMNS = ("img", "image", "pixel_values", "picture", "photo")
 # Larger images than this are shrunk to `DEFAULT_SIZE` for the built-in models, which are made for small ones.
 MAX_SMALL_SIZE = 64
+MIN_CNN_SIZE = 8
 DEFAULT_SIZE = 32
 MAX_CACHED_BYTES = 2 * 1024**3
 
@@ -207,7 +209,7 @@ class EncodedImages:
     def decode(self, position: int) -> np.ndarray:
         """Returns one image as (height, width, channels) bytes, or raises `InputError` if it is corrupt."""
         try:
-            image = open_image(self.encoded[position]).convert(self.mode)
+            image = eight_bit(ImageOps.exif_transpose(open_image(self.encoded[position]))).convert(self.mode)
         except Exception as error:
             raise InputError(
                 "image_column",
@@ -265,6 +267,15 @@ def open_image(encoded: Any) -> PILImage.Image:
     if encoded is None:
         raise ValueError("the row holds no image")
     return PILImage.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+
+
+def eight_bit(image: PILImage.Image) -> PILImage.Image:
+    """Brings grey levels of 16 bits to 8, which Pillow's own conversion cuts off at 255."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is not known")
+    if not image.mode.startswith("I"):
+        return image
+    return PILImage.fromarray(np.clip(np.rint(np.asarray(image) / 257.0), 0, 255).astype(np.uint8))
 
 
 class ImageTransform:
@@ -393,10 +404,18 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
         source,
         label_candidates=("label", "labels", "fine_label", "target", "class"),
         eval_names=("test", "validation", "valid", "val", "dev"),
-        label_names=LABEL_NAMES,
+        # Copies of CIFAR-10 may have lost the names of its classes; images of one's own have other classes
+        label_names=LABEL_NAMES if column == "img" else None,
     )
     num_channels = 1 if is_sample and processor is None else 3
     size = _decoded_size(splits.train, column, processor)
+    if model_type == "cnn" and min(size) < MIN_CNN_SIZE:
+        raise InputError(
+            "model_type",
+            model_type,
+            f"it halves images three times, and these have {size[1]}x{size[0]} pixels.",
+            "Give resnet18, or images of 8x8 pixels or more.",
+        )
 
     parts = {"train": splits.train, "controller": splits.controller, "eval": splits.eval, "predict": splits.predict}
     pixels: dict[str, torch.Tensor | EncodedImages | None] = {}

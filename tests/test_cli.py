@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from transformers import TrainingArguments
 
@@ -341,6 +343,70 @@ def test_what_the_data_rule_out_is_refused_before_training(options: list[str], m
     with pytest.raises(InputError, match=match):
         train([*TABLE, "--output_dir", str(tmp_path), *options], TASKS, "titanic")
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "alrs_history.jsonl").exists()
+
+
+def write_tables(folder: Path) -> tuple[Path, Path]:
+    """Two tables of one name."""
+    paths = []
+    for number in range(2):
+        generator = np.random.default_rng(number)
+        x = generator.normal(size=80)
+        path = folder / str(number) / "train.csv"
+        path.parent.mkdir()
+        pd.DataFrame({"x": x, "label": (x + 0.3 * generator.normal(size=80) > 0).astype(int)}).to_csv(
+            path, index=False
+        )
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def own_table(path: Path, output_dir: Path, *options: str) -> dict[str, float]:
+    arguments = ["--task", "titanic", "--dataset_name", str(path), "--num_train_epochs", "12", "--fold", "0"]
+    return train([*arguments, "--output_dir", str(output_dir), *options], TASKS, "titanic")
+
+
+def test_evaluating_alone_takes_the_trained_model(tmp_path: Path) -> None:
+    table, _ = write_tables(tmp_path)
+    with pytest.raises(InputError, match=r"output_dir=.*no trained model"):
+        own_table(table, tmp_path / "run", "--do_eval")
+    trained = own_table(table, tmp_path / "run")
+    again = own_table(table, tmp_path / "run", "--do_eval")
+    assert again["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
+
+
+def test_a_folder_is_of_one_run_or_comparison(tmp_path: Path) -> None:
+    table, other = write_tables(tmp_path)
+    own_table(table, tmp_path / "run")
+    with pytest.raises(InputError, match=r"dataset_name='train.csv'.*another one of this name"):
+        own_table(other, tmp_path / "run")
+    compared = ["--dataset_name", str(table), "--schedulers", "linear", "--num_train_epochs", "1", "--output_dir"]
+    with pytest.raises(InputError, match="is the folder of a single run"):
+        cli.compare([*compared, str(tmp_path / "run")], TASKS, "titanic")
+    cli.compare([*compared, str(tmp_path / "comparison")], TASKS, "titanic")
+    with pytest.raises(InputError, match="is the folder of a comparison"):
+        own_table(table, tmp_path / "comparison")
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    arguments = ["--task", "titanic", "--dataset_name", str(table), "--resume_from_checkpoint", str(checkpoint)]
+    with pytest.raises(InputError, match=r"resume_from_checkpoint=.*every fold"):
+        train([*arguments, "--output_dir", str(tmp_path / "folds")], TASKS, "titanic")
+
+
+def test_a_run_that_starts_afresh_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    table, _ = write_tables(tmp_path)
+    own_table(table, tmp_path / "run", "--save_strategy", "no")
+    assert (tmp_path / "run" / "alrs_history.jsonl").is_file()
+    (tmp_path / "run" / "predict_results.txt").write_text("of the run before")
+    own_table(table, tmp_path / "run", "--save_strategy", "no", "--scheduler", "linear")
+    assert not (tmp_path / "run" / "alrs_history.jsonl").exists()
+    assert not (tmp_path / "run" / "predict_results.txt").exists()
+    assert (tmp_path / "run" / "benchmark_results.json").is_file()
+
+
+def test_a_token_is_not_told_with_what_else_is_wrong(tmp_path: Path) -> None:
+    for given in (["--hub_token", "hf_secret"], ["--hub-token=hf_secret"]):
+        with pytest.raises(InputError) as refused:
+            train([*TABLE, *given, "--lr_scheduler_kwargs", "{bad}", "--output_dir", str(tmp_path)], TASKS, "titanic")
+        assert "hf_secret" not in str(refused.value) and "***" in str(refused.value)
 
 
 def test_the_best_model_is_chosen_on_the_controllers_split(tmp_path: Path) -> None:

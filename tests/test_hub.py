@@ -639,3 +639,9 @@ def test_publish_delete_and_train_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "trained again from alice/digits-network" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_folder_with_spaces_is_named_by_its_last_part() -> None:
+    told = cards._shown_source("local folder /home/me/my own data; 3 classes")
+    assert told == "local folder my own data; 3 classes"
+    assert cards._shown_source("local file /home/my secret/rows.csv") == "local file rows.csv"

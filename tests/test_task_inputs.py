@@ -380,3 +380,115 @@ def test_folder_without_weights(tmp_path):
     arguments = DataArguments(task_name="imdb", dataset_name="sample", model_name_or_path=folder)
     with pytest.raises(InputError, match="no usable model"):
         TASKS["imdb"].prepare(arguments).model_init()
+
+
+# --- what came as a traceback once ---
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "match"),
+    [
+        ("label", [2, 4], "its labels are 2, 4"),
+        ("x", [1.0, float("inf")], "holds infinity"),
+    ],
+)
+def test_tables_that_cannot_be_learnt_from(column, values, match, tmp_path):
+    table = {"x": list(np.linspace(0, 1, 40)), "label": [n % 2 for n in range(40)]}
+    table[column] = [values[n % 2] for n in range(40)]
+    folder = write_csv(tmp_path / "table", table)
+    assert match in str(refused(task_name="titanic", dataset_name=f"{folder}/train.csv", fold=0))
+
+
+def titanic(count=40):
+    return {
+        "Survived": [n % 2 for n in range(count)],
+        "Pclass": [1 + n % 3 for n in range(count)],
+        "Name": [f"Doe, Mr. John{n}" for n in range(count)],
+        "Sex": [("male", "female")[n % 2] for n in range(count)],
+        "Age": [20.0 + n for n in range(count)],
+        "SibSp": [0] * count,
+        "Parch": [n % 2 for n in range(count)],
+        "Fare": [5.0 + n for n in range(count)],
+        "Embarked": ["S"] * count,
+    }
+
+
+def test_titanics_columns_may_be_wrong_or_empty(tmp_path):
+    table = titanic()
+    table["SibSp"] = ["1+", *table["SibSp"][1:]]
+    folder = write_csv(tmp_path / "wrong", table)
+    error = refused(task_name="titanic", dataset_name=f"{folder}/train.csv", fold=0)
+    assert (error.field, error.value) == ("dataset_name", "SibSp")
+    for number, empty in enumerate(({"Age": [None] * 40}, {"Embarked": [None] * 40}, {"Fare": [-2.0] * 40})):
+        folder = write_csv(tmp_path / f"empty{number}", titanic() | empty)
+        arguments = DataArguments(task_name="titanic", dataset_name=f"{folder}/train.csv", fold=0)
+        prepared = TASKS["titanic"].prepare(arguments)
+        assert np.isfinite(prepared.train_dataset.features.numpy()).all()
+
+
+def test_a_boolean_column_with_a_missing_value_is_learnt_from(tmp_path):
+    flags = [bool(n % 2) for n in range(40)]
+    folder = write_csv(tmp_path / "table", {"flag": [None, *flags[1:]], "label": [n % 2 for n in range(40)]})
+    arguments = DataArguments(task_name="titanic", dataset_name=f"{folder}/train.csv", fold=0)
+    assert TASKS["titanic"].prepare(arguments).processing_class.feature_names == ["flag"]
+
+
+def test_a_label_of_several_values_is_refused(tmp_path):
+    rows = "".join(f'{{"text": "some words {n}", "label": [{n % 2}]}}\n' for n in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    error = refused(task_name="imdb", dataset_name=str(tmp_path / "rows.jsonl"), fold=0)
+    assert error.field == "label_column" and "holds several" in error.rule
+
+
+def test_a_text_encoder_needs_room_for_a_word():
+    assert refused(task_name="sst2", dataset_name="sample", max_seq_length=1).field == "max_seq_length"
+
+
+def save_images(folder, make, count=12):
+    for label in range(2):
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(count):
+            make(label).save(folder / f"class{label}" / f"{number}.png")
+    return str(folder)
+
+
+def test_grey_levels_of_16_bits_are_scaled(tmp_path):
+    folder = save_images(
+        tmp_path / "images", lambda label: Image.fromarray(np.full((8, 8), 20_000 * (1 + label), dtype=np.uint16))
+    )
+    prepared = TASKS["cifar10"].prepare(DataArguments(task_name="cifar10", dataset_name=folder, augmentation="none"))
+    pixels = prepared.train_dataset.images
+    assert sorted(np.unique(pixels)) == [round(20_000 / 257), round(40_000 / 257)]
+
+
+def test_images_are_turned_as_they_say(tmp_path):
+    picture = Image.fromarray(np.repeat(np.arange(8, dtype=np.uint8) * 30, 8).reshape(8, 8)).convert("RGB")
+    folder = tmp_path / "images"
+    for label in range(2):
+        (folder / f"class{label}").mkdir(parents=True)
+        exif = Image.Exif()
+        exif[0x0112] = (1, 3)[label]  # as it is, and by half a turn
+        for number in range(12):
+            picture.save(folder / f"class{label}" / f"{number}.png", exif=exif)
+    arguments = DataArguments(task_name="cifar10", dataset_name=str(folder), augmentation="none")
+    dataset = TASKS["cifar10"].prepare(arguments).train_dataset
+    first, second = (dataset.images[int(np.flatnonzero(dataset.labels == label)[0])] for label in range(2))
+    assert np.array_equal(first, np.flip(np.asarray(second), (1, 2))) and not np.array_equal(first, second)
+
+
+def test_images_of_ones_own_have_their_own_classes(tmp_path):
+    def encoded():
+        file = io.BytesIO()
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(file, format="PNG")
+        return file.getvalue()
+
+    rows = pd.DataFrame({"image": [{"bytes": encoded()} for _ in range(60)], "label": [n % 3 for n in range(60)]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    arguments = DataArguments(task_name="cifar10", dataset_name=str(tmp_path / "rows.parquet"), fold=0)
+    assert TASKS["cifar10"].prepare(arguments).label_names == ["0", "1", "2"]
+
+
+def test_images_too_small_for_the_network(tmp_path):
+    folder = save_images(tmp_path / "images", lambda label: Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)))
+    error = refused(task_name="cifar10", dataset_name=folder)
+    assert error.field == "model_type" and "4x4" in error.rule

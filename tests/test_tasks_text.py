@@ -408,3 +408,10 @@ def test_carving_and_folding_leave_nothing_out():
     assert sorted([*train.indices, *controller.indices]) == list(range(50))
     rest, held_out = hold_out_fold(part, 5, 2, seed=0)
     assert sorted([*rest.indices, *held_out.indices]) == list(range(50))
+
+
+def test_a_batch_of_texts_without_a_word_is_read():
+    model = BiLSTMForSequenceClassification(BiLSTMConfig(vocab_size=10, num_labels=2))
+    empty = torch.zeros(2, 0, dtype=torch.long)
+    assert model(input_ids=empty, attention_mask=empty).logits.isfinite().all()
+    assert model(input_ids=torch.zeros(2, 0), attention_mask=None).logits.shape == (2, 1)

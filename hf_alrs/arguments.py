@@ -318,7 +318,8 @@ def parse(
         *(["--config", known.config] if known.config else []),
     ]
     if not any(argument.split("=")[0] in ("--output_dir", "--output-dir") for argument in merged):
-        merged += ["--output_dir", str(Path("outputs") / task.name)]
+        several = CompareArguments in dataclass_types  # which does not share a folder with a single run
+        merged += ["--output_dir", str(Path("outputs") / (f"{task.name}-comparison" if several else task.name))]
     if not any(argument.split("=")[0] in ("--report_to", "--report-to") for argument in merged):
         merged += ["--report_to", "none"]
     if not sys.stderr.isatty() and not any(argument.startswith("--disable_tqdm") for argument in merged):

@@ -39,7 +39,13 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _PATHS_FILE = "run_paths.json"
 # What an earlier run has left in the folder of one that starts afresh
-_LEFT_BEHIND = (HISTORY_NAME, "predict_results.txt", cards.TRACE_FILE, TRAINER_STATE_NAME)
+_LEFT_BEHIND = (
+    HISTORY_NAME,
+    cards.TRACE_FILE,
+    TRAINER_STATE_NAME,
+    "predict_results.txt",
+    *(f"{name}_results.json" for name in ("all", "benchmark", "eval", "train")),
+)
 # Options that say how a run is watched, kept and scored, not how it trains
 _WATCHING = re.compile(
     r"(eval_.*|save_.*|logging_.*|dataloader_(num|pin|pers|pre).*|per_device_eval_.*|max_eval_samples)"
@@ -278,9 +284,8 @@ def _train_prepared(
     checkpoint = args.resume_from_checkpoint or _last_checkpoint(Path(args.output_dir))
     metrics: dict[str, float] = {}
     if args.do_train and checkpoint is None and args.process_index == 0:
-        folder = Path(args.output_dir)
-        for path in (*(folder / name for name in _LEFT_BEHIND), *folder.glob("*_results.json")):
-            path.unlink(missing_ok=True)
+        for name in _LEFT_BEHIND:
+            (Path(args.output_dir) / name).unlink(missing_ok=True)
     if args.do_eval and args.do_train and checkpoint is None:
         before = _evaluate(trainer, prepared)
         before.pop("epoch", None)  # none has passed

@@ -505,7 +505,8 @@ def _headline(row: dict[str, Any]) -> str:
             f"{_seeds(row['num_pairs'])}; one seed allows no interval and no verdict."
         )
     text = (
-        f"In final {row['metric']}, {ours} is {row['verdict']} than {theirs}: the advantage is {format_number(row['advantage'])} {format_interval(row['interval'])}, {CONFIDENCE:.0%} "
+        f"In final {row['metric']}, {ours} is {row['verdict']} than {theirs}: the advantage is "
+        f"{format_number(row['advantage'])} {format_interval(row['interval'])}, {CONFIDENCE:.0%} "
         f"interval, {_seeds(row['num_pairs'])}, p = {row['p_holm']:.2g} after Holm's correction."
     )
     if row["verdict"] != "not better" and row["p_holm"] > 1 - CONFIDENCE:
@@ -664,14 +665,14 @@ def _caveats(tasks: list[TaskRuns]) -> list[str]:
     return texts
 
 
-def _of(run: Run, name: str) -> str:
+def _environment_value(run: Run, name: str) -> str:
     environment = run.record["environment"]
     return str(environment[name] if name in environment else environment["versions"].get(name))
 
 
 def _of_other_machines(*cells: list[Run]) -> bool:
     names = ("device", "platform", "num_threads", "torch", "transformers")
-    return len({tuple(_of(run, name) for name in names) for cell in cells for run in cell}) > 1
+    return len({tuple(_environment_value(run, name) for name in names) for cell in cells for run in cell}) > 1
 
 
 def _software_caveat(task: TaskRuns) -> Iterable[str]:
@@ -680,7 +681,7 @@ def _software_caveat(task: TaskRuns) -> Iterable[str]:
     theirs = [run for run in task.runs if is_baseline(run.scheduler)]
     differing = []
     for name in ("torch", "transformers", "device") if ours and theirs else ():
-        mine, others = ({_of(run, name) for run in runs} for runs in (ours, theirs))
+        mine, others = ({_environment_value(run, name) for run in runs} for runs in (ours, theirs))
         if not mine & others:
             differing.append(f"{name} {', '.join(sorted(mine))} beside {', '.join(sorted(others))}")
     if differing:

@@ -66,6 +66,10 @@ class ALRSArguments:
             "--no_average_weights turns it off."
         },
     )
+    batch_norm_samples: int = field(
+        default=512,
+        metadata={"help": "Training examples for batch-norm's statistics of averaged weights; 0: running averages."},
+    )
     final_lr_ratio: float | None = field(
         default=None,
         metadata={

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
+from .batch_norm import tracking_layers
 from .config import InputError
 from .signals import is_sharded
 
@@ -68,11 +68,7 @@ class WeightAverage:
         self._sharded = any(map(is_sharded, parameters))
         # By name, as moving a model to its device exchanges its buffers
         self._statistics = [
-            (module, name)
-            for module in (model.modules() if model is not None else ())
-            if isinstance(module, _NormBase) and module.track_running_stats
-            for name in ("running_mean", "running_var")
-            if getattr(module, name) is not None
+            (layer, name) for layer in tracking_layers(model) for name in ("running_mean", "running_var")
         ]
         self._interval = update_interval(num_training_steps)
         self._num_updates = 0

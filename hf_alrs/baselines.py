@@ -60,6 +60,11 @@ BASELINES: dict[str, Baseline] = {
     "alrs_no_average": Baseline(
         "alrs", alrs_config={"average_weights": False}, description="ablation: a full decay, no averaging of weights"
     ),
+    "alrs_running_statistics": Baseline(
+        "alrs",
+        alrs_config={"batch_norm_samples": 0},
+        description="ablation: batch-norm with averages of its running statistics, not with those of the averaged weights",
+    ),
     "alrs_scratch": Baseline(
         "alrs", alrs_config={"network": "scratch"}, description="ablation: a network trained on this run alone"
     ),

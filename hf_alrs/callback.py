@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, has_length
 
+from .batch_norm import BatchNormStatistics, unchanged_random_numbers
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
 from .features import FEATURE_NAMES
@@ -114,6 +114,9 @@ class ALRSCallback(TrainerCallback):
         self.scheduler.loss_remedy = f"{reason}; use ALRSTrainer, which sees every loss"
         if not self.told_losses:
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
+        if self.scheduler.config.average_weights:
+            samples, batch_size = self.scheduler.config.batch_norm_samples, args.eval_batch_size
+            self.scheduler.batch_norm = BatchNormStatistics(model, train_dataloader, batch_size, samples)
         if self.write_history and state.is_world_process_zero:
             _keep_history(Path(args.output_dir) / HISTORY_NAME, self.scheduler.first_unread_step)
 
@@ -384,8 +387,9 @@ class ALRSTrainer(Trainer):
 
     def _evaluate_controller(self) -> dict[str, float]:
         """Metrics on a sample of the controller's split, with the random numbers of training left as they are."""
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
+        # A sample this small is not worth a second one for batch-norm.
+        self.alrs_callback.scheduler.show_average(refresh=False)
+        with unchanged_random_numbers():
             if self._controller_loader is None:
                 # Trainer keeps the loader of persistent workers for every dataset without a name
                 kept = self.__dict__.pop("_eval_dataloaders", None)
@@ -404,8 +408,6 @@ class ALRSTrainer(Trainer):
                 )
             finally:
                 self.callback_handler.callbacks = callbacks
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
         return output.metrics
 
     def _controller_sample(self) -> Any:

@@ -142,6 +142,13 @@ class ALRSConfig:
             "help": "Average the weights along the run; the averaged ones are evaluated, saved and left in the model."
         },
     )
+    batch_norm_samples: int = field(
+        default=512,
+        metadata={
+            "help": "Training examples from which batch-norm's statistics of averaged weights are taken, whenever those are "
+            "evaluated or saved; 0: the averages of the running statistics."
+        },
+    )
     final_lr_ratio: float | None = field(
         default=None,
         metadata={
@@ -231,7 +238,13 @@ class ALRSConfig:
             "must be 0 or a whole number of at least 3: a best rate needs a worse one on each side.",
             "Use 0 or 7.",
         )
-        for name in ("meta_num_epochs", "feedback_interval", "max_restarts", "controller_evaluations"):
+        for name in (
+            "meta_num_epochs",
+            "feedback_interval",
+            "max_restarts",
+            "controller_evaluations",
+            "batch_norm_samples",
+        ):
             value = getattr(self, name)
             self._check(name, _is_int(value) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more.")
         self._check(

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .baselines import BASELINES, Baseline, scheduler_kwargs
+from .batch_norm import BatchNormStatistics
 from .callback import CONTROLLER, ALRSTrainer, prepare_again, read_scheduler_state
 from .config import ALRSConfig, InputError
 from .range_test import RangeTestScheduler
@@ -130,11 +131,27 @@ class NamedSchedulerTrainer(Trainer):
 
     def __init__(self, *args: Any, baseline: Baseline, **kwargs: Any):
         self.baseline = baseline
+        self._batch_norm: BatchNormStatistics | None = None
+        self._refreshed_at: int | None = None
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         prepare_again(self)
         return super().train(*args, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:
+        if self.baseline.optimizer == "schedule_free":
+            samples = ALRSConfig().batch_norm_samples
+            self._batch_norm = BatchNormStatistics(self.model, dataloader, args.eval_batch_size, samples)
+        return super().set_initial_training_values(args, dataloader, *rest, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Schedule-Free's documentation asks for it, as no training step has run with the weights that it evaluates
+        if self._batch_norm is not None and self._refreshed_at != self.state.global_step > 0:
+            self.optimizer.eval()
+            self._batch_norm.refresh()
+            self._refreshed_at = self.state.global_step
+        return super().evaluation_loop(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

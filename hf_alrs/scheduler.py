@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR, Ste
 from transformers import SchedulerType
 
 from .averaging import WeightAverage
+from .batch_norm import BatchNormStatistics
 from .config import ALRSConfig, InputError
 from .controller import FALLBACK, ALRSController, Decision
 from .features import FEATURE_NAMES, FEATURE_VERSION, SIGNALS
@@ -80,6 +81,8 @@ class ALRSScheduler(LRScheduler):
             `step` (1 for the first), `loss`, `grad_norm`, `learning_rate`, `phase`; at decisions also `features`,
             `log_multiplier`, `correction`, `action`, `guard`, `meta_loss` and `network_change`.
         seconds (`float`): Time spent in the controller so far.
+        batch_norm ([`~hf_alrs.batch_norm.BatchNormStatistics`], *optional*): Asked for batch-norm's statistics whenever
+            averaged weights are put into the model. [`ALRSCallback`] sets it; a loop of your own may.
     """
 
     def __init__(
@@ -133,6 +136,8 @@ class ALRSScheduler(LRScheduler):
         if self.config.average_weights:
             self._average = WeightAverage(self._parameters, model, num_training_steps)
             inner.eval, inner.train = self.show_average, self._train_on
+        self.batch_norm: BatchNormStatistics | None = None
+        self._batch_norm_fresh = False  # whether the model holds statistics of the averaged weights
         self._snapshot: dict[str, Any] | None = None
         self._good: dict[str, Any] | None = None  # what a rollback goes back to, on the CPU
         self._told: set[str] = set()
@@ -222,6 +227,7 @@ class ALRSScheduler(LRScheduler):
                 self._average.update()
             if self._steps >= self.controller.num_training_steps:
                 self._average.show()
+                self._refresh_batch_norm()
         self._set_rates()
         self.seconds += time.perf_counter() - start
 
@@ -278,10 +284,25 @@ class ALRSScheduler(LRScheduler):
         if self._optimizer_steps == self._steps:
             self._loss, self._micro_batches, self._grad_norm = None, 0, None
 
-    def show_average(self) -> None:
-        """Puts the averaged weights into the model, for an evaluation or to save them; also the optimizer's `eval()`."""
+    def show_average(self, refresh: bool = True) -> None:
+        """
+        Puts the averaged weights into the model, for an evaluation or to save them; also the optimizer's `eval()`.
+
+        Args:
+            refresh (`bool`, *optional*, defaults to `True`): Whether batch-norm's statistics are taken anew, where
+                `batch_norm` can do so; without, they are averages of the running ones.
+        """
         if self._average is not None:
             self._average.show()
+            if refresh:
+                start = time.perf_counter()
+                self._refresh_batch_norm()
+                self.seconds += time.perf_counter() - start
+
+    def _refresh_batch_norm(self) -> None:
+        if self.batch_norm is not None and self._average.in_model and not self._batch_norm_fresh:
+            self.batch_norm.refresh()
+            self._batch_norm_fresh = True
 
     def _train_on(self) -> None:
         """The optimizer's `train()`: after the last step the averaged weights stay, which are what the run leaves."""
@@ -292,6 +313,7 @@ class ALRSScheduler(LRScheduler):
         """Puts the trained weights back."""
         if self._average is not None and self._average.in_model:
             self._average.hide()
+            self._batch_norm_fresh = False
 
     def prepare_save(self) -> None:
         """

@@ -707,7 +707,8 @@ class Watched(TinyClassifier):
     """Keeps the weights that each forward pass was made with, by mode, and those after each optimizer step."""
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        (self.in_training if self.training else self.in_evaluation).append(flat(self))
+        if self.training or not self.norm.training:  # and not where batch-norm's statistics are taken
+            (self.in_training if self.training else self.in_evaluation).append(flat(self))
         return super().forward(x, labels)
 
 

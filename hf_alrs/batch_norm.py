@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import TrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,11 @@ class BatchNormStatistics:
     Args:
         model (`torch.nn.Module`): Called with each batch as keywords.
         dataloader (`DataLoader`): Of the training data; its dataset and its collator are used, and not its sampler.
-        batch_size (`int`): Examples in a forward pass.
+        args (`TrainingArguments`): Passes are as large as those of training or of evaluations, whichever are larger.
         num_samples (`int`): Examples in all.
     """
 
-    def __init__(self, model: torch.nn.Module, dataloader: DataLoader, batch_size: int, num_samples: int):
+    def __init__(self, model: torch.nn.Module, dataloader: DataLoader, args: TrainingArguments, num_samples: int):
         self._model = model
         self._trained: list[_NormBase] = []
         self._batches: DataLoader | None = None
@@ -74,7 +75,7 @@ class BatchNormStatistics:
         # The variance of a rest of few examples says little, and that of a single one is not defined.
         self._batches = DataLoader(
             Subset(dataset, chosen),
-            batch_size=min(batch_size, size),
+            batch_size=min(max(args.train_batch_size, args.eval_batch_size), size),
             collate_fn=dataloader.collate_fn,
             drop_last=True,
         )

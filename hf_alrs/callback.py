@@ -115,8 +115,8 @@ class ALRSCallback(TrainerCallback):
         if not self.told_losses:
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
         if self.scheduler.config.average_weights:
-            samples, batch_size = self.scheduler.config.batch_norm_samples, args.eval_batch_size
-            self.scheduler.batch_norm = BatchNormStatistics(model, train_dataloader, batch_size, samples)
+            samples = self.scheduler.config.batch_norm_samples
+            self.scheduler.batch_norm = BatchNormStatistics(model, train_dataloader, args, samples)
         if self.write_history and state.is_world_process_zero:
             _keep_history(Path(args.output_dir) / HISTORY_NAME, self.scheduler.first_unread_step)
 

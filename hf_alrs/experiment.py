@@ -142,7 +142,7 @@ class NamedSchedulerTrainer(Trainer):
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:
         if self.baseline.optimizer == "schedule_free":
             samples = ALRSConfig().batch_norm_samples
-            self._batch_norm = BatchNormStatistics(self.model, dataloader, args.eval_batch_size, samples)
+            self._batch_norm = BatchNormStatistics(self.model, dataloader, args, samples)
         return super().set_initial_training_values(args, dataloader, *rest, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,10 @@ def loader(dataset: Any, shuffle: bool = False) -> DataLoader:
     return DataLoader(dataset, batch_size=2, shuffle=shuffle, collate_fn=default_data_collator)
 
 
+def passes_of(batch_size: int) -> TrainingArguments:
+    return TrainingArguments(per_device_train_batch_size=1, per_device_eval_batch_size=batch_size, use_cpu=True)
+
+
 def has_trained(model: nn.Module, x: torch.Tensor) -> None:
     """A forward pass in training mode, which moves the running statistics."""
     model.train()
@@ -51,7 +55,7 @@ def has_trained(model: nn.Module, x: torch.Tensor) -> None:
 def test_two_batches_by_hand() -> None:
     """2x is 2, 6 | 4, 12: means 4 and 8, variances (n - 1) 8 and 32; no dropout, and a plain mean over batches."""
     model = Scaled()
-    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0, 2.0, 6.0)), batch_size=2, num_samples=512)
+    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0, 2.0, 6.0)), passes_of(2), num_samples=512)
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     statistics.refresh()
     assert model.norm.running_mean.item() == pytest.approx(6.0)
@@ -62,7 +66,7 @@ def test_examples_are_spread_over_the_data() -> None:
     """Of ten, sorted as many datasets are, four: 0, 2, 5, 7, whatever the sampler says."""
     model = Scaled(scale=1.0)
     data = loader(examples(*map(float, range(10))), shuffle=True)
-    statistics = BatchNormStatistics(model, data, batch_size=4, num_samples=4)
+    statistics = BatchNormStatistics(model, data, passes_of(4), num_samples=4)
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     statistics.refresh()
     assert model.norm.running_mean.item() == pytest.approx((0 + 2 + 5 + 7) / 4)
@@ -70,7 +74,7 @@ def test_examples_are_spread_over_the_data() -> None:
 
 def test_a_rest_is_left_out_and_so_is_a_batch_of_one() -> None:
     model = Scaled(scale=1.0)
-    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0, 1000.0)), batch_size=2, num_samples=512)
+    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0, 1000.0)), passes_of(2), num_samples=512)
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     statistics.refresh()
     assert model.norm.running_mean.item() == pytest.approx(2.0)
@@ -79,7 +83,7 @@ def test_a_rest_is_left_out_and_so_is_a_batch_of_one() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_all_else_stays_as_it_was(training: bool) -> None:
     model = Scaled()
-    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0), shuffle=True), batch_size=2, num_samples=2)
+    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0), shuffle=True), passes_of(2), num_samples=2)
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     model.train(training)
     seeded = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
@@ -96,7 +100,7 @@ def test_all_else_stays_as_it_was(training: bool) -> None:
 def test_a_layer_that_is_not_trained_keeps_its_statistics() -> None:
     """As in fine-tuning with frozen statistics, where the layer stays in evaluation mode."""
     model = Scaled(dropout=0.0)
-    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0)), batch_size=2, num_samples=2)
+    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0)), passes_of(2), num_samples=2)
     model.train()
     model.norm.eval()
     model(x=torch.tensor([[1.0], [5.0]]))
@@ -112,7 +116,7 @@ class Demanding(Scaled):
 
 def test_a_model_that_is_called_another_way_keeps_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
     model = Demanding()
-    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0)), batch_size=2, num_samples=2)
+    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0)), passes_of(2), num_samples=2)
     model.train()
     model(torch.tensor([[1.0], [5.0]]), torch.tensor(1.0))
     mean = model.norm.running_mean.clone()
@@ -131,7 +135,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(("data", "number"), [(Stream(), 2), (examples(1.0, 3.0), 0)], ids=["stream", "off"])
 def test_without_examples_nothing_changes(data: Any, number: int) -> None:
     model = Scaled(dropout=0.0)
-    statistics = BatchNormStatistics(model, DataLoader(data, batch_size=2), batch_size=2, num_samples=number)
+    statistics = BatchNormStatistics(model, DataLoader(data, batch_size=2), passes_of(2), num_samples=number)
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     statistics.refresh()
     assert model.norm.running_mean.item() == pytest.approx(
@@ -255,7 +259,7 @@ def test_schedule_free_is_given_them_too(tmp_path: Path) -> None:
     trainer.train()
     model = trainer.model
     left = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
-    statistics = BatchNormStatistics(model, trainer.get_train_dataloader(), 32, 512)
+    statistics = BatchNormStatistics(model, trainer.get_train_dataloader(), args, 512)
     model.train()
     model(**next(iter(trainer.get_train_dataloader())))
     trainer.optimizer.eval()

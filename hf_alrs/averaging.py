@@ -21,6 +21,7 @@ from .signals import is_sharded
 
 
 GAMMA = 16
+_HALF = (torch.float16, torch.bfloat16)
 # Most updates in a run: a dozen within the last 1 / (GAMMA + 1), and little work next to the optimizer's
 _UPDATES = 256
 
@@ -90,8 +91,9 @@ class WeightAverage:
         if self._average is None:
             self._average = [w.to(_precise(w.dtype), copy=True) for w in weights]
         else:
-            same = [w if w.dtype == a.dtype else w.to(a.dtype) for w, a in zip(weights, self._average, strict=True)]
-            torch._foreach_lerp_(self._average, same, update_share(self._num_updates))
+            if any(w.dtype in _HALF for w in weights):
+                weights = [w.to(a.dtype) for w, a in zip(weights, self._average, strict=True)]
+            torch._foreach_lerp_(self._average, weights, update_share(self._num_updates))
         self._num_updates += 1
 
     def reset(self) -> None:
@@ -174,4 +176,4 @@ class WeightAverage:
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
     """Half precision would lose the small changes of an average."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in _HALF else dtype

@@ -128,7 +128,9 @@ def ema(average: Array, value: Array, count: Array, rate: float) -> Array:
         count (`float` or `np.ndarray`): How many values have been seen, this one included.
         rate (`float`): Weight of a new value once the average is warm.
     """
-    return average + maximum(rate, 1.0 / maximum(count, 1.0)) * (value - average)
+    if isinstance(count, np.ndarray):
+        return average + np.maximum(rate, 1.0 / np.maximum(count, 1.0)) * (value - average)
+    return average + max(rate, 1.0 / max(count, 1.0)) * (value - average)
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ def loss_over_initial(state: RunState) -> Array:
 def capped_loss(loss: Array, state: RunState) -> Array:
     """`loss` as a finite number: at most `loss_cap`, and 1000 where not even the first loss was finite."""
     cap = loss_cap(state)
+    if isinstance(loss, float) and -_LARGEST <= loss <= cap and loss <= _LARGEST:
+        return loss  # as nearly all are, at every step of a run
     known = isfinite(cap)
     bad = where(known, cap, _LOSS_CAP)
     loss = where((loss != loss) | (loss == math.inf), bad, where(loss == -math.inf, 0.0, loss))

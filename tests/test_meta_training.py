@@ -222,6 +222,17 @@ def test_training_groups_need_no_annealed_runs() -> None:
     assert averaged.grid_regret.min() >= 0.0  # of the best averaged run: 0 in loss or in error
 
 
+def test_the_rates_of_a_group_are_judged_with_the_decay_of_its_length() -> None:
+    """A run of a few dozen steps decays less: 0.7 instead of 0.3 up to 35."""
+    seed = next(s for s in range(300_000, 300_100) if sample_spec(s, 1.0).num_training_steps <= 35)
+    group = run_group(seed, 1, 1.0, annealed=False)
+    population = group.population(16)
+    expected, _ = population.run_fixed(group.log_rates, 0.7, average=True)
+    torch.testing.assert_close(group.averaged_loss[0], expected)
+    other, _ = population.run_fixed(group.log_rates, 0.3, average=True)
+    assert not torch.equal(other, expected)
+
+
 def test_a_group_survives_its_file(tmp_path: Path) -> None:
     group = run_group(3, num_tasks=1, max_cost=1.0)
     save_group(group, group_path(tmp_path, 3))

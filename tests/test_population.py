@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from hf_alrs.meta_training.data import make_data
 from hf_alrs.meta_training.population import Population, TaskSpec, estimate_cost, sample_spec
 
 
@@ -412,3 +413,28 @@ def test_splits_differ_and_pretraining_helps():
     fresh = dict(zip(names, scratch.split(scratch.initial_weights), strict=True))
     assert not torch.equal(weights["layer0.weight"], fresh["layer0.weight"])
     assert torch.equal(weights["head.weight"], fresh["head.weight"])
+
+
+def test_unequal_classes_have_the_same_shares_in_all_splits():
+    spec = TaskSpec(**{**MLP, "num_examples": 4000, "num_classes": 2}, optimizer="adam", imbalance=2.5)
+    data = make_data(spec, 4)
+    shares = {name: labels.float().mean(1) for name, labels in data.labels.items()}
+    rare = torch.minimum(shares["train"], 1 - shares["train"])
+    assert (rare < 0.25).all()
+    # 256 and 128 examples: a standard deviation is 0.03 and 0.04 at most
+    torch.testing.assert_close(shares["eval"], shares["train"], rtol=0, atol=0.12)
+    torch.testing.assert_close(shares["controller"], shares["train"], rtol=0, atol=0.16)
+
+
+def test_the_first_token_takes_no_words_place():
+    """The word that tells the class follows a marker: every text has both, beside the token that is read from."""
+    fields = {**ATTENTION, "rule": "marker", "num_examples": 2000}
+    data = make_data(TaskSpec(**fields, pool="first", optimizer="adam"), 1)
+    tokens = data.inputs["train"][0]
+    assert tokens.shape == (2000, 8)
+    assert (tokens[:, 0] == 0).all() and (tokens[:, 1:] > 0).all()
+    counts = [int((tokens == word).any(1).sum()) for word in range(1, 60)]
+    assert max(counts) == 2000, "the marker is in every text"
+    marker = counts.index(2000) + 1
+    assert not (tokens[:, -1] == marker).any(), "a word follows it"
+    assert make_data(TaskSpec(**fields, optimizer="adam"), 1).inputs["train"].shape == (1, 2000, 8)

@@ -95,7 +95,11 @@ def test_every_figure_in_readme_is_in_a_file_of_results() -> None:
     pairs, singles = measured(before + rest.split("<!-- generated: end -->")[1])
     assert pairs and singles
     # Of the single runs and tables, and of the demo's comparison, that these sentences tell of
-    told = [path for path in FILES if path.parent.name in ("sst2-minilm-full", "sst2-mpnet-8000", "titanic-folds", "held-out")]
+    told = [
+        path
+        for path in FILES
+        if path.parent.name in ("sst2-minilm-full", "sst2-mpnet-8000", "titanic-folds", "held-out")
+    ]
     stored = [json.loads(path.read_text()) for path in [*told, FOLDER / "digits-sample" / "results.json"]]
     stored_pairs, stored_singles = figures_of([content.get("tasks", content) for content in stored])
     missing = {p for p in pairs if not any(says(p[0], m) and says(p[1], sd) for m, sd in stored_pairs)}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import AVERAGED_FINAL_LR_RATIO, InputError
+from ..config import ALRSConfig, InputError
 from .data import make_data
 from .population import GRID_SIZE, Population
 from .spec import TaskSpec, sample_spec
@@ -39,7 +39,7 @@ class Group:
         loss, error (`Tensor` of shape `[num_tasks, grid_size]`): On the eval split, at the end of a linear decay to 0;
             those of averaged weights where no such runs were made.
         averaged_loss, averaged_error (`Tensor` of shape `[num_tasks, grid_size]`): The same of averaged weights, at the
-            end of the decay to `AVERAGED_FINAL_LR_RATIO` that goes with averaging.
+            end of the decay that goes with averaging (see [`ALRSConfig.final_ratio`]).
         initial (`list[Tensor]`): Initial weights, `[num_tasks, *shape]` each (pre-training is not run again).
     """
 
@@ -113,7 +113,8 @@ def run_group(seed: int, num_tasks: int, max_cost: float | None, annealed: bool 
     population = Population(sample_spec(seed, max_cost), num_tasks, GRID_SIZE)
     grid = population.learning_rate_grid
     rates, shape = grid.repeat(num_tasks), (num_tasks, GRID_SIZE)
-    averaged_loss, averaged_error = population.run_fixed(rates, AVERAGED_FINAL_LR_RATIO, average=True)
+    final_ratio = ALRSConfig().final_ratio(population.spec.num_training_steps)
+    averaged_loss, averaged_error = population.run_fixed(rates, final_ratio, average=True)
     loss, error = population.run_fixed(rates) if annealed else (averaged_loss, averaged_error)
     return Group(
         spec=population.spec,

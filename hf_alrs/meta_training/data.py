@@ -80,9 +80,9 @@ def make_data(spec: TaskSpec, num_tasks: int) -> TaskData:
         if spec.imbalance:
             prior = torch.linspace(0, -spec.imbalance, num_classes).exp()
             prior = prior[torch.randperm(num_classes, generator=generator)]
-            # In the order of drawing, frequent classes first, so that the splits differ in their shares. To be shuffled with
-            # the next version of the population, which changes every bank.
             chosen = torch.multinomial(prior[labels], min(total, len(labels)), generator=generator)
+            # They are drawn without putting back, frequent classes first, and all splits are to have the same shares.
+            chosen = chosen[torch.randperm(len(chosen), generator=generator)]
         else:
             chosen = torch.randperm(len(labels), generator=generator)[:total]
         share = min(0.25, spec.label_noise * 1.5 * _uniform(generator))
@@ -177,7 +177,7 @@ def _from_topics(spec: TaskSpec, n: int, latent: int, generator: torch.Generator
     logits = torch.randn(vocabulary, latent, generator=generator) * tilted * strength
     frequencies = (_zipf(vocabulary)[:, None] * logits.exp()).T
     classes = torch.randint(latent, (n,), generator=generator)
-    inputs = torch.multinomial(frequencies[classes], spec.length, True, generator=generator)
+    inputs = torch.multinomial(frequencies[classes], _num_words(spec), True, generator=generator)
     return _with_first_token(spec, inputs), classes, classes
 
 
@@ -188,7 +188,7 @@ def _from_sequence(spec: TaskSpec, n: int, latent: int, generator: torch.Generat
     being decoys where there is noise. `marker`: the kind of the token that follows a marker, at which
     some other tokens hint.
     """
-    vocabulary, length = spec.vocabulary, spec.length
+    vocabulary, length = spec.vocabulary, _num_words(spec)
     permutation = torch.randperm(vocabulary - 1, generator=generator) + 1
     frequencies = torch.zeros(vocabulary)
     frequencies[permutation] = _zipf(vocabulary - 1)
@@ -232,11 +232,18 @@ def _from_sequence(spec: TaskSpec, n: int, latent: int, generator: torch.Generat
     return _with_first_token(spec, tokens), classes, classes
 
 
+def _reads_first_token(spec: TaskSpec) -> bool:
+    return spec.kind == "attention" and spec.pool == "first"
+
+
+def _num_words(spec: TaskSpec) -> int:
+    """Tokens of an example beside the first one that a transformer may read its answer off."""
+    return spec.length - _reads_first_token(spec)
+
+
 def _with_first_token(spec: TaskSpec, tokens: Tensor) -> Tensor:
     """Puts the same token first where a transformer reads its answer off the first position."""
-    if spec.kind != "attention" or spec.pool != "first":
-        return tokens
-    return torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
+    return torch.cat([torch.zeros_like(tokens[:, :1]), tokens], 1) if _reads_first_token(spec) else tokens
 
 
 GENERATORS = {

@@ -193,8 +193,8 @@ class _Network:
         return F.embedding(tokens + offsets, table.reshape(-1, size))
 
     def _batch_norm(self, w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-        # Statistics of the batch at hand, also in evaluation, where the batch is the whole split: they then suit
-        # whichever weights are evaluated, averaged ones too.
+        # Statistics of the batch at hand, also in evaluation, where the batch is the whole split and there is no dropout: as
+        # in the product (`hf_alrs.batch_norm`) they suit whichever weights are evaluated, averaged ones too.
         mean = x.mean(1, keepdim=True)
         centred = x - mean
         x = centred * (centred.square().mean(1, keepdim=True) + 1e-5).rsqrt()

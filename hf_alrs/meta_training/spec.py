@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-POPULATION_VERSION = 4
+POPULATION_VERSION = 5
 
 # Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
 NUM_CONTROLLER, NUM_EVAL = 128, 256
@@ -176,7 +176,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
             gets narrower; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
             the share of each kind as it is.
     """
-    r = random.Random(f"population-1-{seed}")  # what later versions added did not change the tasks of version 1
+    r = random.Random(f"population-1-{seed}")  # what later versions added did not change the specs of version 1
     details = random.Random(f"population-3-{seed}")
     family = family_of(seed)
     kinds = {"": KINDS, "long": LONG_KINDS, "extended": EXTENDED_KINDS, "short": SHORT_KINDS}[family]

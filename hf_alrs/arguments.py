@@ -37,7 +37,8 @@ class ALRSArguments:
         default="default", metadata={"help": "`default` (shipped weights), `scratch`, a folder or a Hub id."}
     )
     hidden_sizes: list[int] = field(
-        default_factory=lambda: [64, 32], metadata={"help": "Hidden layers of the network."}
+        default_factory=lambda: [64, 32],
+        metadata={"help": "Hidden layers of the network: 64 32 or 64 64, others for scratch."},
     )
     phase1_steps: str = field(
         default="0.025", metadata={"help": "Length of phase 1: steps (`50`) or a fraction (`0.025`)."}
@@ -49,10 +50,14 @@ class ALRSArguments:
         default=8, metadata={"help": "Decisions between updates of the network in phase 3; 0: none."}
     )
     meta_num_epochs: int = field(default=10, metadata={"help": "Epochs of phase 2; 0: none."})
-    num_probes: int | None = field(default=None, metadata={"help": "Trial runs at the end of phase 1."})
+    num_probes: int | None = field(
+        default=None,
+        metadata={"help": "Trial runs at the end of phase 1: 0, or at least 3. Default: 0, for scratch 7."},
+    )
     max_restarts: int = field(default=3, metadata={"help": "Restarts from the initial weights; 0 keeps no copy."})
     controller_evaluations: int = field(
-        default=10, metadata={"help": "Evaluations of the controller's split that drive the rate; 0: none."}
+        default=10,
+        metadata={"help": "Evaluations of the controller's split in a run, besides those of --eval_strategy."},
     )
     guard_patience: int = field(default=3, metadata={"help": "Troubles after which the last good rate just decays."})
     rollback: bool = field(

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 
 
 logger = logging.getLogger(__name__)
@@ -48,79 +49,96 @@ class BatchNormStatistics:
     """
     Takes batch-norm's running statistics anew, from a fixed part of the training data.
 
-    The examples are spread evenly over the dataset, the same ones each time and in every process, so that a run that was
-    resumed or is spread over processes has the same statistics. Layers that a run keeps in evaluation mode are left alone, and
-    so are all before the first training step.
+    The examples are spread evenly over the dataset and mixed, the same ones each time and in every process, so that a run that
+    was resumed or is spread over processes has the same statistics. Layers that do not move theirs in training keep them, and so
+    do those that a pass does not reach.
 
     Args:
-        model (`torch.nn.Module`): Called with each batch as keywords.
+        model (`torch.nn.Module`): Whose layers they are.
         dataloader (`DataLoader`): Of the training data; its dataset and its collator are used, and not its sampler.
         args (`TrainingArguments`): Passes are as large as those of training or of evaluations, whichever are larger.
         num_samples (`int`): Examples in all.
+        forward (`Callable[[Any], Any]`, *optional*): Runs the model on a batch of the collator's; default: with its entries as
+            keywords.
     """
 
-    def __init__(self, model: torch.nn.Module, dataloader: DataLoader, args: TrainingArguments, num_samples: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dataloader: Any,
+        args: TrainingArguments,
+        num_samples: int,
+        forward: Callable[[Any], Any] | None = None,
+    ):
         self._model = model
-        self._trained: list[_NormBase] = []
+        self._forward = forward or (lambda batch: model(**send_to_device(batch, args.device)))
         self._batches: DataLoader | None = None
-        dataset = getattr(dataloader, "dataset", None)
-        indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        layers = tracking_layers(model)
-        if not layers or num_samples == 0 or not indexed or isinstance(dataset, IterableDataset):
+        # Instance norm has running statistics too, which mean something else, and no count of its batches
+        self._layers = [
+            layer
+            for layer in tracking_layers(model)
+            if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None
+        ]
+        self._moving: list[_BatchNorm] = []  # those of them that training moves
+        dataset, collate = (getattr(dataloader, name, None) for name in ("dataset", "collate_fn"))
+        indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset) and has_length(dataset)
+        size = min(num_samples, len(dataset)) if indexed else 0
+        if not self._layers or collate is None or size == 0:
             return
-        for layer in layers:
-            self._await_training(layer)
-        size = min(num_samples, len(dataset))
-        chosen = [index * len(dataset) // size for index in range(size)]
-        # The variance of a rest of few examples says little, and that of a single one is not defined.
+        batch_size = min(max(args.train_batch_size, args.eval_batch_size), size)
+        # Whole batches alone: the variance of a rest of few examples says little, and that of a single one is not defined.
+        size -= size % batch_size
+        chosen = np.random.default_rng(0).permutation(size) * len(dataset) // size
+        workers = {
+            name: getattr(dataloader, name) for name in ("num_workers", "worker_init_fn", "multiprocessing_context")
+        }
         self._batches = DataLoader(
-            Subset(dataset, chosen),
-            batch_size=min(max(args.train_batch_size, args.eval_batch_size), size),
-            collate_fn=dataloader.collate_fn,
-            drop_last=True,
+            Subset(dataset, chosen.tolist()),
+            batch_size=batch_size,
+            collate_fn=collate,
+            **(workers if workers["num_workers"] else {}),
         )
 
-    def _await_training(self, layer: _NormBase) -> None:
-        """Notices the first batch that moves the layer's statistics."""
-
-        def notice(module: torch.nn.Module, inputs: Any) -> None:
-            if module.training and layer not in self._trained:
-                self._trained.append(layer)
-                hook.remove()
-
-        hook = layer.register_forward_pre_hook(notice)
+    def look(self) -> None:
+        """Notes which layers move their statistics; to be called while the model is in training mode."""
+        if self._model.training:
+            self._moving = [layer for layer in self._layers if layer.training]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Takes the statistics of the weights that are in the model; keeps those there are where the model cannot be run."""
-        layers = self._trained
-        if self._batches is None or not layers:
+        self.look()
+        if self._batches is None or not self._moving:
             return
         modes = [(module, module.training) for module in self._model.modules()]
-        kept = [(layer.momentum, {k: v.clone() for k, v in layer.named_buffers(recurse=False)}) for layer in layers]
-        device = layers[0].running_mean.device
+        kept = [
+            (layer, layer.momentum, {name: value.clone() for name, value in layer.named_buffers(recurse=False)})
+            for layer in self._moving
+        ]
         failed = True
         try:
             self._model.eval()
-            for layer in layers:
+            for layer in self._moving:
                 layer.train()
                 layer.reset_running_stats()
                 layer.momentum = None  # a plain mean over the batches
-            with unchanged_random_numbers():
+            # What was compiled for training would be compiled again for this
+            with unchanged_random_numbers(), torch.compiler.set_stance("force_eager"):
                 for batch in self._batches:
-                    self._model(**send_to_device(batch, device))
+                    self._forward(batch)
             failed = False
-        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # whatever a model says to a batch that it is not called with in training
             logger.warning(
-                "Batch-norm's statistics are those of training: the model cannot be called with a batch of the training "
-                f"data as Trainer calls it ({type(error).__name__}: {error})."
+                "Batch-norm keeps averages of its running statistics: those of the averaged weights cannot be taken, as the "
+                f"model does not take a batch of the collator's as it is ({type(error).__name__}: {error})."
             )
             self._batches = None
         finally:
-            for layer, (momentum, buffers) in zip(layers, kept, strict=True):
+            for layer, momentum, buffers in kept:
+                reached = int(layer.num_batches_tracked) > 0
                 layer.momentum = momentum
                 for name, value in buffers.items():
-                    if failed or name == "num_batches_tracked":
+                    if failed or not reached or name == "num_batches_tracked":
                         getattr(layer, name).copy_(value)
             for module, mode in modes:
                 module.training = mode

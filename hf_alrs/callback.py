@@ -81,6 +81,7 @@ class ALRSCallback(TrainerCallback):
         # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
         self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
+        self.forward_batch: Callable[[Any], None] | None = None  # how `ALRSTrainer` runs its model
         self._forward_hook: Any = None
         self._num_shares = 1  # processes whose shares add up to the loss of a step
         self._next_write = 0.0  # time from which on the history may be written again
@@ -116,7 +117,7 @@ class ALRSCallback(TrainerCallback):
             self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
         if self.scheduler.config.average_weights:
             samples = self.scheduler.config.batch_norm_samples
-            self.scheduler.batch_norm = BatchNormStatistics(model, train_dataloader, args, samples)
+            self.scheduler.batch_norm = BatchNormStatistics(model, train_dataloader, args, samples, self.forward_batch)
         if self.write_history and state.is_world_process_zero:
             _keep_history(Path(args.output_dir) / HISTORY_NAME, self.scheduler.first_unread_step)
 
@@ -180,10 +181,12 @@ class ALRSCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.scheduler.discard()
+        if self.scheduler.batch_norm is not None:
+            self.scheduler.batch_norm.look()
         if self._controller_is_due(state, control):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self.scheduler.seconds
             self._observe_evaluation(self.evaluate_controller())
-            self.scheduler.seconds += time.perf_counter() - start
+            self.scheduler.seconds = before + time.perf_counter() - start
         self._prepare_save(control)
         self._write_history(args, state, wait=not control.should_save)
 
@@ -340,6 +343,7 @@ class ALRSTrainer(Trainer):
         _refuse_deepspeed_scheduler(self.args)
         self.alrs_callback = ALRSCallback(self.alrs_config)
         self.alrs_callback.told_losses = True
+        self.alrs_callback.forward_batch = self._forward_batch
         split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
         indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset)
         if indexed and has_length(split):
@@ -387,8 +391,9 @@ class ALRSTrainer(Trainer):
 
     def _evaluate_controller(self) -> dict[str, float]:
         """Metrics on a sample of the controller's split, with the random numbers of training left as they are."""
-        # A sample this small is not worth a second one for batch-norm.
-        self.alrs_callback.scheduler.show_average(refresh=False)
+        scheduler = self.alrs_callback.scheduler
+        # A sample this small is not worth a larger one for batch-norm
+        batch_norm, scheduler.batch_norm = scheduler.batch_norm, None
         with unchanged_random_numbers():
             if self._controller_loader is None:
                 # Trainer keeps the loader of persistent workers for every dataset without a name
@@ -408,7 +413,13 @@ class ALRSTrainer(Trainer):
                 )
             finally:
                 self.callback_handler.callbacks = callbacks
+                scheduler.batch_norm = batch_norm
         return output.metrics
+
+    def _forward_batch(self, batch: Any) -> None:
+        """As in training, whatever the script's own `_prepare_inputs` and `compute_loss` make of a batch."""
+        with self.compute_loss_context_manager():
+            self.compute_loss(self.model, self._prepare_inputs(batch))
 
     def _controller_sample(self) -> Any:
         split = self.eval_dataset[CONTROLLER]

@@ -142,7 +142,7 @@ class NamedSchedulerTrainer(Trainer):
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:
         if self.baseline.optimizer == "schedule_free":
             samples = ALRSConfig().batch_norm_samples
-            self._batch_norm = BatchNormStatistics(self.model, dataloader, args, samples)
+            self._batch_norm, self._refreshed_at = BatchNormStatistics(self.model, dataloader, args, samples), None
         return super().set_initial_training_values(args, dataloader, *rest, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -184,6 +184,8 @@ class NamedSchedulerTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self._batch_norm is not None:
+            self._batch_norm.look()
         if isinstance(self.lr_scheduler, RangeTestScheduler):
             self.lr_scheduler.observe(loss)
         return loss

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR, Ste
 from transformers import SchedulerType
 
 from .averaging import WeightAverage
-from .batch_norm import BatchNormStatistics
+from .batch_norm import BatchNormStatistics, tracking_layers
 from .config import ALRSConfig, InputError
 from .controller import FALLBACK, ALRSController, Decision
 from .features import FEATURE_NAMES, FEATURE_VERSION, SIGNALS
@@ -226,8 +226,7 @@ class ALRSScheduler(LRScheduler):
             if self._average.is_due(step):
                 self._average.update()
             if self._steps >= self.controller.num_training_steps:
-                self._average.show()
-                self._refresh_batch_norm()
+                self._show_average()
         self._set_rates()
         self.seconds += time.perf_counter() - start
 
@@ -284,22 +283,17 @@ class ALRSScheduler(LRScheduler):
         if self._optimizer_steps == self._steps:
             self._loss, self._micro_batches, self._grad_norm = None, 0, None
 
-    def show_average(self, refresh: bool = True) -> None:
-        """
-        Puts the averaged weights into the model, for an evaluation or to save them; also the optimizer's `eval()`.
-
-        Args:
-            refresh (`bool`, *optional*, defaults to `True`): Whether batch-norm's statistics are taken anew, where
-                `batch_norm` can do so; without, they are averages of the running ones.
-        """
+    def show_average(self) -> None:
+        """Puts the averaged weights into the model, for an evaluation or to save them; also the optimizer's `eval()`."""
         if self._average is not None:
-            self._average.show()
-            if refresh:
-                start = time.perf_counter()
-                self._refresh_batch_norm()
-                self.seconds += time.perf_counter() - start
+            start = time.perf_counter()
+            self._show_average()
+            self.seconds += time.perf_counter() - start
 
-    def _refresh_batch_norm(self) -> None:
+    def _show_average(self) -> None:
+        if not self._average.in_model:
+            self._average.show()
+            self._batch_norm_fresh = False
         if self.batch_norm is not None and self._average.in_model and not self._batch_norm_fresh:
             self.batch_norm.refresh()
             self._batch_norm_fresh = True
@@ -309,11 +303,13 @@ class ALRSScheduler(LRScheduler):
         if self._steps < self.controller.num_training_steps:
             self.hide_average()
 
+    def _statistics(self) -> list[torch.Tensor]:
+        return [value for layer in tracking_layers(self.model) for value in (layer.running_mean, layer.running_var)]
+
     def hide_average(self) -> None:
         """Puts the trained weights back."""
         if self._average is not None and self._average.in_model:
             self._average.hide()
-            self._batch_norm_fresh = False
 
     def prepare_save(self) -> None:
         """
@@ -645,6 +641,8 @@ class ALRSScheduler(LRScheduler):
             ) from error
 
     def _take(self, state_dict: dict[str, Any]) -> None:
+        # Of a finished run, whose model holds those of the averaged weights
+        statistics = [values.clone() for values in self._statistics()]
         num_measured = state_dict["num_measured_groups"]
         if not 1 <= num_measured <= len(self._driven):
             raise ValueError("a number of groups that cannot be")
@@ -693,6 +691,8 @@ class ALRSScheduler(LRScheduler):
         self._set_rates()
         if self._steps >= self.controller.num_training_steps:
             self.show_average()
+            for values, kept in zip(self._statistics(), statistics, strict=True):
+                values.copy_(kept)
 
 
 def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:

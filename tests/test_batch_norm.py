@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,31 +54,33 @@ def has_trained(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def test_two_batches_by_hand() -> None:
-    """2x is 2, 6 | 4, 12: means 4 and 8, variances (n - 1) 8 and 32; no dropout, and a plain mean over batches."""
+    """Mixed, the four are 3, 6 | 1, 2; twice that is 6, 12 | 2, 4: means 9 and 3, variances (n - 1) 18 and 2; no dropout."""
     model = Scaled()
     statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0, 2.0, 6.0)), passes_of(2), num_samples=512)
+    assert [batch["x"].flatten().tolist() for batch in statistics._batches] == [[2.0, 1.0], [3.0, 6.0]]
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     statistics.refresh()
     assert model.norm.running_mean.item() == pytest.approx(6.0)
-    assert model.norm.running_var.item() == pytest.approx(20.0)
+    assert model.norm.running_var.item() == pytest.approx(10.0)
 
 
-def test_examples_are_spread_over_the_data() -> None:
-    """Of ten, sorted as many datasets are, four: 0, 2, 5, 7, whatever the sampler says."""
+def test_examples_are_spread_over_the_data_and_mixed() -> None:
+    """Of ten, sorted as many datasets are, four: 0, 2, 5, 7, whatever the sampler says; and no pass sees one end alone."""
     model = Scaled(scale=1.0)
     data = loader(examples(*map(float, range(10))), shuffle=True)
     statistics = BatchNormStatistics(model, data, passes_of(4), num_samples=4)
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     statistics.refresh()
     assert model.norm.running_mean.item() == pytest.approx((0 + 2 + 5 + 7) / 4)
+    ordered = BatchNormStatistics(model, loader(examples(*map(float, range(1000)))), passes_of(100), num_samples=300)
+    batches = [batch["x"] for batch in ordered._batches]
+    assert len(batches) == 3 and all(x.min() < 100 and x.max() > 900 for x in batches)
 
 
 def test_a_rest_is_left_out_and_so_is_a_batch_of_one() -> None:
     model = Scaled(scale=1.0)
     statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0, 1000.0)), passes_of(2), num_samples=512)
-    has_trained(model, torch.tensor([[1.0], [5.0]]))
-    statistics.refresh()
-    assert model.norm.running_mean.item() == pytest.approx(2.0)
+    assert [len(batch["x"]) for batch in statistics._batches] == [2]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -109,8 +112,47 @@ def test_a_layer_that_is_not_trained_keeps_its_statistics() -> None:
     assert model.norm.running_var.item() == 1.0
 
 
+def test_a_layer_that_is_frozen_in_mid_run_keeps_what_it_was_trained_with() -> None:
+    model = Scaled(dropout=0.0)
+    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0)), passes_of(2), num_samples=2)
+    has_trained(model, torch.tensor([[1.0], [5.0]]))
+    statistics.look()
+    model.norm.eval()
+    statistics.look()
+    mean = model.norm.running_mean.clone()
+    model.eval()
+    statistics.refresh()
+    assert torch.equal(model.norm.running_mean, mean)
+
+
+class TwoHeads(Scaled):
+    """A layer that training alone calls, as auxiliary heads have, and one that normalises each example."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.0)
+        self.auxiliary = nn.BatchNorm1d(1)
+        self.instance = nn.InstanceNorm1d(1, track_running_stats=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x) + self.instance(torch.cat([x, 2 * x], 1)[:, None]).mean(-1)
+        return y + self.auxiliary(y) if self.training else y
+
+
+def test_layers_that_are_not_reached_keep_their_statistics() -> None:
+    model = TwoHeads()
+    statistics = BatchNormStatistics(model, loader(examples(1.0, 3.0)), passes_of(2), num_samples=2)
+    has_trained(model, torch.tensor([[1.0], [5.0]]))
+    kept = [x.clone() for layer in (model.auxiliary, model.instance) for x in (layer.running_mean, layer.running_var)]
+    statistics.refresh()
+    assert model.norm.running_mean.item() == pytest.approx(4.0)
+    after = [x for layer in (model.auxiliary, model.instance) for x in (layer.running_mean, layer.running_var)]
+    assert all(map(torch.equal, after, kept))
+    assert model.instance.momentum == 0.1
+
+
 class Demanding(Scaled):
-    def forward(self, x: torch.Tensor, something: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, something: torch.Tensor | None = None) -> torch.Tensor:
+        assert something is not None, "something is needed"
         return super().forward(x * something)
 
 
@@ -132,16 +174,39 @@ class Stream(IterableDataset):
         return iter(examples(1.0, 3.0))
 
 
-@pytest.mark.parametrize(("data", "number"), [(Stream(), 2), (examples(1.0, 3.0), 0)], ids=["stream", "off"])
+class Unmeasured(list):
+    def __len__(self) -> int:
+        raise TypeError("of unknown length")
+
+
+@pytest.mark.parametrize(
+    ("data", "number"),
+    [(Stream(), 2), (examples(1.0, 3.0), 0), (Unmeasured(examples(1.0)), 2), (None, 2)],
+    ids=["stream", "off", "no length", "no dataset"],
+)
 def test_without_examples_nothing_changes(data: Any, number: int) -> None:
     model = Scaled(dropout=0.0)
-    statistics = BatchNormStatistics(model, DataLoader(data, batch_size=2), passes_of(2), num_samples=number)
+    statistics = BatchNormStatistics(model, SimpleNamespace(dataset=data, collate_fn=list), passes_of(2), number)
     has_trained(model, torch.tensor([[1.0], [5.0]]))
     statistics.refresh()
-    assert model.norm.running_mean.item() == pytest.approx(
-        0.1 * 6.0, abs=2.0
-    )  # 0.9 x 0 + 0.1 x the mean, with dropout
+    assert model.norm.running_mean.item() == pytest.approx(0.1 * 6.0)  # 0.9 x 0 + 0.1 x the mean
     assert int(model.norm.num_batches_tracked) == 1
+
+
+def test_a_compiled_model_is_not_compiled_again() -> None:
+    model = Scaled(dropout=0.0)
+    graphs = []
+    compiled = torch.compile(
+        model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, fullgraph=True
+    )
+    statistics = BatchNormStatistics(
+        model, loader(examples(1.0, 3.0)), passes_of(2), 2, lambda batch: compiled(**batch)
+    )
+    for _ in range(3):
+        compiled(x=torch.tensor([[1.0], [5.0]]))
+        statistics.refresh()
+        assert model.norm.running_mean.item() == pytest.approx(4.0)
+    assert len(graphs) == 1
 
 
 # In a run
@@ -181,7 +246,8 @@ def train(route: str, folder: Path, config: ALRSConfig, resume: str | None = Non
 def expected_statistics(model: TinyClassifier) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over four batches of sixteen of the mean and of the variance of what the layer is given."""
     with torch.no_grad():
-        inputs = model.first(torch.stack([row["x"] for row in tiny_dataset()])).view(4, 16, -1)
+        mixed = np.random.default_rng(0).permutation(64)
+        inputs = model.first(torch.stack([row["x"] for row in tiny_dataset()])[mixed]).view(4, 16, -1)
     return inputs.mean(1).mean(0), inputs.var(1).mean(0)
 
 
@@ -228,8 +294,23 @@ def test_a_checkpoint_holds_them(route: str, tmp_path: Path, moving_config: Call
     torch.testing.assert_close(model.norm.running_mean, expected_statistics(model)[0])
 
 
-def test_after_the_controllers_own_evaluation_too(tmp_path: Path, moving_config: Callable[..., ALRSConfig]) -> None:
-    """Which looks at a small sample without them; a checkpoint at the same step has them all the same."""
+@routes
+def test_a_finished_run_is_resumed_with_them(
+    route: str, tmp_path: Path, moving_config: Callable[..., ALRSConfig]
+) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 16, "max_steps": 16}  # two epochs
+    model = train(route, tmp_path, moving_config(), **saved).model
+    again = train(route, tmp_path, moving_config(), str(tmp_path / "checkpoint-16"), **saved).model
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_the_controllers_own_evaluations_do_without(
+    tmp_path: Path, moving_config: Callable[..., ALRSConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of a small sample; a checkpoint at the same step has the statistics all the same."""
+    refresh, count = BatchNormStatistics.refresh, []
+    monkeypatch.setattr(BatchNormStatistics, "refresh", lambda self: (count.append(0), refresh(self))[1])
     args = TrainingArguments(
         str(tmp_path), max_steps=8, per_device_train_batch_size=8, per_device_eval_batch_size=16, learning_rate=0.05,
         save_strategy="steps", save_steps=4, report_to="none", disable_tqdm=True, use_cpu=True,
@@ -241,9 +322,34 @@ def test_after_the_controllers_own_evaluation_too(tmp_path: Path, moving_config:
     trainer.train()
     from safetensors.torch import load_file
 
+    assert len(count) == 2  # the two checkpoints
     model = tiny_classifier(batch_norm=True)
     model.load_state_dict(load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
     torch.testing.assert_close(model.norm.running_mean, expected_statistics(model)[0])
+
+
+class Preparing(ALRSTrainer):
+    """Shifts its inputs on the way to the model."""
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "x": inputs["x"] + 100.0}
+
+
+def test_what_a_trainer_makes_of_a_batch_is_what_counts(
+    tmp_path: Path, moving_config: Callable[..., ALRSConfig]
+) -> None:
+    args = TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=16, learning_rate=0.05, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trainer = Preparing(
+        tiny_classifier(batch_norm=True), args, alrs_config=moving_config(), train_dataset=tiny_dataset()
+    )
+    trainer.train()
+    inputs = torch.stack([row["x"] for row in tiny_dataset()]) + 100.0
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.model.norm.running_mean, trainer.model.first(inputs).mean(0))
 
 
 def test_schedule_free_is_given_them_too(tmp_path: Path) -> None:

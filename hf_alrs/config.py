@@ -115,10 +115,14 @@ class ALRSConfig:
     # Phase 2, fit
     meta_learning_rate: float = field(default=1e-3, metadata={"help": "Adam's rate for the network's own training."})
     meta_batch_size: int = field(default=64, metadata={"help": "Batch size of the network's own training."})
-    meta_num_epochs: int = field(default=10, metadata={"help": "Epochs of phase 2; 0 leaves the network as it is."})
+    meta_num_epochs: int = field(
+        default=10, metadata={"help": "Epochs of phase 2; 0 leaves the network to the feedback loop."}
+    )
     anchor: float = field(
         default=1.0,
-        metadata={"help": "Weight of the pull towards the trained weights (L2-SP) during phases 2 and 3."},
+        metadata={
+            "help": "Weight of the pull towards the trained weights (L2-SP) during phases 2 and 3; none from scratch."
+        },
     )
 
     # Phase 3, drive

@@ -33,7 +33,7 @@ def evidence_command(arguments: Sequence[str]) -> None:
         "the Hub.",
     )
     parser.add_argument("--model_name_or_path", help="For the studies of a pretrained model; default: the recipe's.")
-    parser.add_argument("--studies", nargs="+", help="Only these.")
+    parser.add_argument("--studies", nargs="+", help="Only these studies of the plan.")
     parser.add_argument("--skip_studies", nargs="+", default=(), help="Not these, as far as the plan has them.")
     parser.add_argument("--schedulers", nargs="+", help="Only the runs of these.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")

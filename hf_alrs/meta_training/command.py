@@ -101,14 +101,18 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     )
     defaults = ALRSConfig()
     parser.add_argument("--network", default=defaults.network, help="As of a run: `default`, a folder or a Hub id.")
-    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=list(defaults.hidden_sizes))
+    parser.add_argument(
+        "--hidden_sizes", type=int, nargs="+", default=list(defaults.hidden_sizes), help="Of the default network."
+    )
     parser.add_argument("--first_seed", type=int, required=True, help="Groups are drawn from this seed on.")
-    parser.add_argument("--num_groups", type=int, default=100)
+    parser.add_argument("--num_groups", type=int, default=100, help="Groups to judge on.")
     parser.add_argument("--num_tasks", type=int, default=2, help="Tasks of a group.")
     parser.add_argument("--max_cost", type=float, default=5.0, help="Groups that take more seconds are made shorter.")
-    parser.add_argument("--num_workers", type=int, default=2)
+    parser.add_argument("--num_workers", type=int, default=2, help="Processes.")
     parser.add_argument("--final_lr_ratio", type=float, help="Of the runs, in place of the default.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/meta-evaluation"))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/meta-evaluation"), help="For what is not to be run again."
+    )
     options = parser.parse_args(arguments)
     for name in ("num_groups", "num_tasks", "max_cost", "num_workers"):
         if not getattr(options, name) >= 1:

@@ -328,6 +328,7 @@ class ALRSScheduler(LRScheduler):
         """Takes the hook and the two methods off the optimizer; rates and weights stay where they are."""
         self._hook.remove()
         self._closed = True
+        self.batch_norm = None  # and with it the training data
         if self._average is not None:
             self._average.release()
             self._average = None

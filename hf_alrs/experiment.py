@@ -147,10 +147,11 @@ class NamedSchedulerTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Schedule-Free's documentation asks for it, as no training step has run with the weights that it evaluates
-        if self._batch_norm is not None and self._refreshed_at != self.state.global_step > 0:
+        step = self.state.global_step
+        if self._batch_norm is not None and step > 0 and step != self._refreshed_at:  # once for all evaluation sets
             self.optimizer.eval()
             self._batch_norm.refresh()
-            self._refreshed_at = self.state.global_step
+            self._refreshed_at = step
         return super().evaluation_loop(*args, **kwargs)
 
     def create_scheduler(

@@ -26,6 +26,7 @@ from hf_alrs.meta_training.training import (
     fit,
     meta_train,
     regret_at,
+    visit,
 )
 from hf_alrs.network import MetaLRNetwork
 
@@ -349,6 +350,27 @@ def test_another_configuration_does_not_go_on_with_what_one_has_made(tmp_path: P
     with pytest.raises(InputError, match=r"states_from=.*was trained on group 1, which is held out here"):
         meta_train(replace(second, num_held_out_groups=2))
     assert not (tmp_path / "second").exists()
+
+
+def test_an_earlier_network_drives_the_first_round(tmp_path: Path) -> None:
+    earlier = network_saying(1.0)
+    earlier.save_pretrained(tmp_path / "earlier")
+    config = MetaTrainingConfig(str(tmp_path / "output"), num_groups=1, num_held_out_groups=1, num_tasks=1,
+                                num_members=2, max_cost=1.0, num_workers=1, hidden_sizes=[[8]],
+                                earlier_networks=[str(tmp_path / "earlier")],
+                                ensemble=[{"hidden_sizes": [8], "seed": 0, "num_iterations": 1}])  # fmt: skip
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "round 0":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(config, stop)
+    group = load_group(group_path(tmp_path / "output" / "bank", 1))
+    states = States.load([tmp_path / "output" / "states" / "round0-000001.pt"])
+    expected = visit(group, earlier, 2, 1)
+    torch.testing.assert_close(states.log_rates, expected.log_rates)
+    assert not torch.equal(expected.log_rates, visit(group, None, 2, 1).log_rates)
 
 
 @pytest.mark.slow

@@ -63,7 +63,8 @@ class MetaTrainingConfig:
         num_tasks, num_long_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights; the
             second one is for all but the first kind of groups.
         num_members (`int`): Runs of each task in a round.
-        num_rounds (`int`): Rounds of data aggregation, the first one without a network.
+        num_rounds (`int`): Rounds of data aggregation, the first one without a network, or with the first of
+            `earlier_networks`.
         num_iterations (`int`): Steps of the regression after each round.
         batch_size (`int`), learning_rate (`float`): Of the regression (Adam, linear decay).
         hidden_sizes (`list[list[int]]`): Networks to fit; the first one drives the rollouts.
@@ -458,7 +459,8 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
         jobs = [(str(bank), seed, *config.size_of(seed), seed in held_out) for seed in seeds]
         for done, _ in enumerate(pool.map(_fill, jobs)):
             report_progress("bank", done + 1, len(jobs))
-        policy: Path | None = None
+        # A network that drives well already visits the states that the next one has to know.
+        policy = Path(config.earlier_networks[0]) if config.earlier_networks else None
         for round_index in range(config.num_rounds):
             targets = [visited / f"round{round_index}-{seed:06d}.pt" for seed in config.train_seeds]
             jobs = [
@@ -636,8 +638,8 @@ def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, 
             if config.earlier_networks:
                 earlier = MetaLRNetwork.from_pretrained(config.earlier_networks[index])
                 network.load_state_dict(earlier.state_dict())
-            # Not the first round: it was visited without a network, and no network will come there again.
-            paths = _state_files(config, 1)
+            # What was visited without a network is left out: no network will come there again.
+            paths = _state_files(config, 0 if config.earlier_networks else 1)
             distill(
                 network, [MetaLRNetwork.from_pretrained(str(path)) for path in teachers], States.load(paths),
                 config.num_distillation_iterations, config.batch_size, config.learning_rate, config.seed,

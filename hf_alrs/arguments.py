@@ -44,7 +44,7 @@ class ALRSArguments:
         default="0.025", metadata={"help": "Length of phase 1: steps (`50`) or a fraction (`0.025`)."}
     )
     decision_interval: str = field(
-        default="0.0125", metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
+        default="0.02", metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
     )
     feedback_interval: int = field(
         default=8, metadata={"help": "Decisions between updates of the network in phase 3; 0: none."}

@@ -127,7 +127,7 @@ class ALRSConfig:
 
     # Phase 3, drive
     decision_interval: int | float | str = field(
-        default=0.0125, metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
+        default=0.02, metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
     )
     feedback_interval: int = field(
         default=8, metadata={"help": "Decisions between updates of the network in phase 3; 0 turns feedback off."}
@@ -135,7 +135,7 @@ class ALRSConfig:
     min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
     max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})
     max_log_change: float = field(default=0.7, metadata={"help": "Largest change of ln(rate) at a decision."})
-    max_first_rise: float = field(default=4.0, metadata={"help": "Largest rise of ln(rate) at the first decision."})
+    max_first_rise: float = field(default=6.0, metadata={"help": "Largest rise of ln(rate) at the first decision."})
     max_first_fall: float = field(default=6.0, metadata={"help": "Largest fall of ln(rate) at the first decision."})
     gain: float = field(default=0.25, metadata={"help": "Share of the network's correction made at a decision."})
 

@@ -47,13 +47,15 @@ from .network import MetaLRNetwork, load_network
 
 
 # Runs that were driven by another version of the control law and its defaults have other outcomes.
-CONTROL_VERSION = 2
+CONTROL_VERSION = 3
 
 # The last one is not part of a healthy run: a plain linear decay after repeated trouble.
 GATHER, FIT, DRIVE, FALLBACK = "gather", "fit", "drive", "fallback"
 
 # A regret curve needs a middle and two sides.
 MIN_PROBES = 3
+# Fewer steps of a rate show nothing but the noise of the loss
+_MIN_PROBE_STEPS = 4
 # Decisions at a static rate before the network is asked, after a restart
 WARM_DECISIONS = 2
 # Fall of ln(rate) below its maximum that shows that the weights were trained at a far too high rate
@@ -69,7 +71,7 @@ _JITTER = 0.05
 _FINE_TUNING_EPSILON = 1.0
 # Rows that one run's training set is blown up to, in batches, by jitter
 _BATCHES_FROM_SCRATCH = 16
-# Rows kept; a run has about 80 decisions unless it asks for more
+# Rows kept; a run has about 50 decisions unless it asks for more
 _MAX_ROWS = 1024
 # Weight of the probes' verdict in the hindsight estimate, in decisions
 _PROBE_WEIGHT = 200.0
@@ -219,7 +221,7 @@ class ALRSController:
         phase1 = steps_of(config.phase1_steps, num_training_steps)
         self._first_jump = max(1, math.ceil(phase1 / self.decision_interval))
         probe_steps = steps_of(config.probe_steps, num_training_steps)
-        self._probe_decisions = max(2, math.ceil(probe_steps / self.decision_interval))
+        self._probe_decisions = math.ceil(max(probe_steps, _MIN_PROBE_STEPS) / self.decision_interval)
         # A short run keeps at least half of its steps for phase 3.
         room = num_training_steps / 2 - self._first_jump * self.decision_interval
         fitting = int(room / (self._probe_decisions * self.decision_interval))

@@ -25,7 +25,7 @@ import numpy as np
 Array = np.ndarray | float
 
 # Bumped whenever a feature's meaning, order or count changes: networks are trained for one version.
-FEATURE_VERSION = 2
+FEATURE_VERSION = 3
 
 # Inner products at a decision. g: gradient at this step, h: gradient of the step before, u: update of the step before,
 # w: weights, x: w minus the initial weights, d: displacement since the last decision, e: the displacement before that.
@@ -603,6 +603,57 @@ def accuracy_below_maximum(m: Moment) -> Array:
     return 10.0 * (m.state.eval_best_accuracy - m.state.eval_accuracy)
 
 
+def predicted_decrease(m: Moment) -> Array:
+    """
+    (ln(-h.u / slow loss) - ln decay + 5) / 3: the share of the loss that an update takes away to first order.
+
+    It is the inverse of the step of Polyak (1987), loss / |h|^2 with a lowest loss of 0, relative to the present one, and
+    holds for any model: whatever its width and depth, these are units of its output.
+    """
+    share = abs(m.state.descent_before) / maximum(m.state.loss_slow, _LOSS_EPS)
+    return (log(share) - m.log_decay + 5.0) / 3.0
+
+
+def gradient_strength(m: Moment) -> Array:
+    """ln(|g| |w| / slow loss) / 2: relative change of the loss with a relative change of the weights."""
+    s = m.signals
+    return (0.5 * (log(s["gg"]) + log(s["ww"])) - log(maximum(m.state.loss_slow, _LOSS_EPS))) / 2.0
+
+
+def gradient_reach(m: Moment) -> Array:
+    """ln(|g| |x| / slow loss) / 2: the same with a relative change of the way from the initial weights."""
+    s = m.signals
+    return (0.5 * (log(s["gg"]) + log(s["xx"])) - log(maximum(m.state.loss_slow, _LOSS_EPS))) / 2.0
+
+
+def curvature_cost(m: Moment) -> Array:
+    """(ln(|h.u - g.u| / slow loss) - 2 ln decay + 5) / 3: the share of the loss that the curvature takes back."""
+    share = abs(m.state.descent_after - m.state.descent_before) / maximum(m.state.loss_slow, _LOSS_EPS)
+    return (log(share) - 2.0 * m.log_decay + 5.0) / 3.0
+
+
+def trust_ratio(m: Moment) -> Array:
+    """
+    2 q / (1 + |q|) with q the fall of the loss over the one predicted to first order, as in trust-region methods.
+
+    The fall is the one between the slow and the fast average of the loss, whose values are half the length of their
+    windows old.
+    """
+    state, steps = m.state, m.num_training_steps
+    slow, fast = max(12.0, 0.1 * steps), max(4.0, 0.02 * steps)
+    age = 0.5 * (minimum(state.step_count, slow) - minimum(state.step_count, fast))
+    predicted = abs(state.descent_before) * maximum(age, 1.0)
+    ratio = (state.loss_slow - state.loss_fast) / maximum(predicted, _EPS)
+    return 2.0 * ratio / (1.0 + abs(ratio))
+
+
+def eval_decrease(m: Moment) -> Array:
+    """1.5 ln(loss on the controller's split / initial training loss), 0 without evaluations."""
+    state = m.state
+    fall = 1.5 * ln(maximum(state.eval_loss, _LOSS_EPS) / maximum(state.initial_loss, _LOSS_EPS))
+    return where(state.eval_count > 0, fall, 0.0)
+
+
 FEATURES: tuple[Callable[[Moment], Array], ...] = (
     progress,
     run_length,
@@ -641,6 +692,12 @@ FEATURES: tuple[Callable[[Moment], Array], ...] = (
     generalization_gap,
     eval_above_minimum,
     accuracy_below_maximum,
+    predicted_decrease,
+    gradient_strength,
+    gradient_reach,
+    curvature_cost,
+    trust_ratio,
+    eval_decrease,
 )
 FEATURE_NAMES: tuple[str, ...] = tuple(feature.__name__ for feature in FEATURES)
 

@@ -145,6 +145,29 @@ CASES: list[tuple[str, Moment, float]] = [
     ("eval_above_minimum", moment(), 0.0),
     # 10 * (0.8 - 0.75)
     ("accuracy_below_maximum", moment({"eval_best_accuracy": 0.8, "eval_accuracy": 0.75}), 0.5),
+    # 0.02 of a loss of 2 at half the peak rate: ln 0.01 = -4.605170, ln 0.5 = -0.693147; (-4.605170 + 0.693147 + 5) / 3
+    ("predicted_decrease", moment({"descent_before": 0.02, "loss_slow": 2.0}, learning_rate=0.05), 0.362659),
+    # 0.02 given back, with the rate's square: (-4.605170 + 2 * 0.693147 + 5) / 3
+    (
+        "curvature_cost",
+        moment({"descent_before": 0.03, "descent_after": 0.01, "loss_slow": 2.0}, learning_rate=0.05),
+        0.593708,
+    ),
+    # |g| = 0.5, |w| = 8, a loss of 2: ln 2 / 2
+    ("gradient_strength", moment({"loss_slow": 2.0}, {"gg": 0.25, "ww": 64.0}), 0.346574),
+    # |x| = 1: ln 0.25 / 2
+    ("gradient_reach", moment({"loss_slow": 2.0}, {"gg": 0.25, "xx": 1.0}), -0.693147),
+    # Windows of 20 and 4 steps of 200: values 8 steps apart, 8 * 0.05 predicted, of which 0.1 came: 2 * 0.25 / 1.25
+    (
+        "trust_ratio",
+        moment(
+            {"step_count": 100.0, "descent_before": 0.05, "loss_slow": 1.0, "loss_fast": 0.9}, num_training_steps=200
+        ),
+        0.4,
+    ),
+    # 1.5 ln 0.5
+    ("eval_decrease", moment({"eval_count": 1.0, "eval_loss": 1.0, "initial_loss": 2.0}), -1.039721),
+    ("eval_decrease", moment({"initial_loss": 2.0}), 0.0),
 ]
 
 
@@ -433,7 +456,14 @@ def test_the_unit_of_the_rate_shows_in_the_size_of_updates_alone(adaptive: bool,
     before = features_of_run(losses, signals, 0.05, adaptive)
     after = features_of_run(losses, powers(signals, factor, _UPDATE_POWERS), 0.05 * factor, adaptive)
     # Longer updates go farther relative to the weights: these features are there to see just that.
-    relative = {"update_ratio_total", "distance_ratio"}
+    relative = {
+        "update_ratio_total",
+        "distance_ratio",
+        "predicted_decrease",
+        "curvature_cost",
+        "gradient_reach",
+        "trust_ratio",
+    }
     for name, x, y in zip(FEATURE_NAMES, before.T, after.T, strict=True):
         if name not in relative:
             np.testing.assert_allclose(y, x, atol=1e-6, err_msg=name)

@@ -614,18 +614,6 @@ def predicted_decrease(m: Moment) -> Array:
     return (log(share) - m.log_decay + 5.0) / 3.0
 
 
-def gradient_strength(m: Moment) -> Array:
-    """ln(|g| |w| / slow loss) / 2: relative change of the loss with a relative change of the weights."""
-    s = m.signals
-    return (0.5 * (log(s["gg"]) + log(s["ww"])) - log(maximum(m.state.loss_slow, _LOSS_EPS))) / 2.0
-
-
-def gradient_reach(m: Moment) -> Array:
-    """ln(|g| |x| / slow loss) / 2: the same with a relative change of the way from the initial weights."""
-    s = m.signals
-    return (0.5 * (log(s["gg"]) + log(s["xx"])) - log(maximum(m.state.loss_slow, _LOSS_EPS))) / 2.0
-
-
 def curvature_cost(m: Moment) -> Array:
     """(ln(|h.u - g.u| / slow loss) - 2 ln decay + 5) / 3: the share of the loss that the curvature takes back."""
     share = abs(m.state.descent_after - m.state.descent_before) / maximum(m.state.loss_slow, _LOSS_EPS)
@@ -693,8 +681,6 @@ FEATURES: tuple[Callable[[Moment], Array], ...] = (
     eval_above_minimum,
     accuracy_below_maximum,
     predicted_decrease,
-    gradient_strength,
-    gradient_reach,
     curvature_cost,
     trust_ratio,
     eval_decrease,

@@ -153,10 +153,6 @@ CASES: list[tuple[str, Moment, float]] = [
         moment({"descent_before": 0.03, "descent_after": 0.01, "loss_slow": 2.0}, learning_rate=0.05),
         0.593708,
     ),
-    # |g| = 0.5, |w| = 8, a loss of 2: ln 2 / 2
-    ("gradient_strength", moment({"loss_slow": 2.0}, {"gg": 0.25, "ww": 64.0}), 0.346574),
-    # |x| = 1: ln 0.25 / 2
-    ("gradient_reach", moment({"loss_slow": 2.0}, {"gg": 0.25, "xx": 1.0}), -0.693147),
     # Windows of 20 and 4 steps of 200: values 8 steps apart, 8 * 0.05 predicted, of which 0.1 came: 2 * 0.25 / 1.25
     (
         "trust_ratio",
@@ -461,7 +457,6 @@ def test_the_unit_of_the_rate_shows_in_the_size_of_updates_alone(adaptive: bool,
         "distance_ratio",
         "predicted_decrease",
         "curvature_cost",
-        "gradient_reach",
         "trust_ratio",
     }
     for name, x, y in zip(FEATURE_NAMES, before.T, after.T, strict=True):

@@ -941,7 +941,7 @@ def test_bf16(name: str, moving_config: Config) -> None:
 def test_weights_of_half_precision(dtype: torch.dtype, moving_config: Config) -> None:
     model = tiny_classifier(seed=2).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    scheduler = ALRSScheduler(optimizer, 24, config=moving_config(), model=model)
+    scheduler = ALRSScheduler(optimizer, 24, config=moving_config(max_lr=2e-3), model=model)
     for batch in [batch for _ in range(6) for batch in DataLoader(tiny_dataset(), batch_size=16)]:
         optimizer.zero_grad()
         loss = model(batch["x"].to(dtype), batch["labels"])["loss"]

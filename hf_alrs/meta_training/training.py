@@ -550,7 +550,7 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
         groups += f", {config.num_short_groups} groups of {config.num_long_tasks} shorter ones"
     training = (
         f"{groups} (population version {POPULATION_VERSION}; synthetic, but for scikit-learn's digits in nearly a fifth of the "
-        f"groups), {config.num_rounds} rounds of data aggregation with "
+        f"groups), {config.num_rounds} round{'s' if config.num_rounds > 1 else ''} of data aggregation with "
         f"{config.num_members} runs of each task, {config.num_iterations} iterations of the regression, seed "
         f"{config.seed}."
     )

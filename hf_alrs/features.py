@@ -243,6 +243,11 @@ def capped_loss(loss: Array, state: RunState) -> Array:
     return clip(where(known, minimum(loss, bad), loss), -_LARGEST, _LARGEST)
 
 
+def _loss_windows(num_training_steps: int) -> tuple[float, float]:
+    """Steps that the fast and the slow average of the loss span."""
+    return max(4.0, 0.02 * num_training_steps), max(12.0, 0.1 * num_training_steps)
+
+
 def update_step(state: RunState, loss: Array, num_training_steps: int, decision_interval: int) -> RunState:
     """
     The state after one more training loss.
@@ -259,8 +264,7 @@ def update_step(state: RunState, loss: Array, num_training_steps: int, decision_
     finite = isfinite(loss)
     loss = capped_loss(loss, state)
     count = state.step_count + 1
-    fast = 1 / max(4.0, 0.02 * num_training_steps)
-    slow = 1 / max(12.0, 0.1 * num_training_steps)
+    fast, slow = (1 / window for window in _loss_windows(num_training_steps))
     deviation = loss - state.loss_slow
     opening = (state.initial_count < max(3, decision_interval)) & finite
     initial_count = state.initial_count + opening
@@ -605,7 +609,7 @@ def accuracy_below_maximum(m: Moment) -> Array:
 
 def predicted_decrease(m: Moment) -> Array:
     """
-    (ln(-h.u / slow loss) - ln decay + 5) / 3: the share of the loss that an update takes away to first order.
+    (ln(|h.u| / slow loss) - ln decay + 5) / 3: the share of the loss that an update takes away to first order.
 
     It is the inverse of the step of Polyak (1987), loss / |h|^2 with a lowest loss of 0, relative to the present one, and
     holds for any model: whatever its width and depth, these are units of its output.
@@ -627,8 +631,8 @@ def trust_ratio(m: Moment) -> Array:
     The fall is the one between the slow and the fast average of the loss, whose values are half the length of their
     windows old.
     """
-    state, steps = m.state, m.num_training_steps
-    slow, fast = max(12.0, 0.1 * steps), max(4.0, 0.02 * steps)
+    state = m.state
+    fast, slow = _loss_windows(m.num_training_steps)
     age = 0.5 * (minimum(state.step_count, slow) - minimum(state.step_count, fast))
     predicted = abs(state.descent_before) * maximum(age, 1.0)
     ratio = (state.loss_slow - state.loss_fast) / maximum(predicted, _EPS)

@@ -1,10 +1,10 @@
 """
 Hindsight regression of the best rate, with data aggregation (DAgger, Ross et al. 2011).
 
-Round 0 visits states under random changes of the rate, later rounds under the network's own control with noise. Every
-state is labelled from the regret curve of its task: for the correction `u` that the network gives at peak rate `x`, the
-loss is the regret at `x + u`, plus a small Huber term towards the best rate, which has a gradient where the curve is
-flat.
+Round 0 visits states under random changes of the rate, or driven by an earlier network; later rounds under the network's
+own control with noise. Every state is labelled from the regret curve of its task: for the correction `u` that the network
+gives at peak rate `x`, the loss is the regret at `x + u`, plus a small Huber term towards the best rate, which has a
+gradient where the curve is flat.
 """
 
 from __future__ import annotations

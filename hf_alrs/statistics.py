@@ -175,9 +175,15 @@ def sign_flip_test(
         differences = np.sign(differences) * stats.rankdata(np.abs(differences))
     if differences.size == 1:
         return 1.0
+    scale = np.abs(differences).max() or 1.0
+
+    def mean(patterns: np.ndarray, axis: int = -1) -> np.ndarray:
+        # Shares such as accuracies tie exactly in examples, and only nearly in floats: a tie is as extreme as the outcome.
+        return np.round(np.mean(patterns, axis=axis) / scale, 9)
+
     outcome = stats.permutation_test(
         (differences,),
-        np.mean,
+        mean,
         permutation_type="samples",
         vectorized=True,
         n_resamples=max_resamples,

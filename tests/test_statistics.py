@@ -112,6 +112,16 @@ def test_sign_flip_is_exact_for_few_pairs(differences, expected):
     assert statistics.sign_flip_test(differences) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("total", [179, 872, 10_000, 25_000])
+def test_sign_flip_counts_ties_of_shares(total):
+    def p_value(*examples):
+        right = np.floor(np.linspace(0.8, 0.9, len(examples)) * total)
+        return statistics.sign_flip_test((right + examples) / total - right / total)
+
+    assert p_value(0, -1, 2, -1, 1) == 1.0  # the sum is odd, so at least 1, whatever the signs
+    assert p_value(1, 1, 1, 1, -1, 1, 1, 1) == pytest.approx(2 * (1 + 8) / 256)
+
+
 def test_sign_flip_of_infinite_differences_uses_ranks():
     assert statistics.sign_flip_test([math.inf, math.inf, math.inf]) == pytest.approx(0.25)
     # Signed ranks 3, 2, -1: sums of at least 4 are (+,+,+) and (+,+,-).

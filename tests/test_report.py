@@ -16,6 +16,7 @@ import pytest
 
 from hf_alrs.config import InputError
 from hf_alrs.report import build_report, load_runs, summarize, validate_result
+from hf_alrs.report.leaderboard import build_leaderboard
 from hf_alrs.report.plots import scheduler_styles
 from hf_alrs.report.runs import SCHEMA_FILE, group_by_task
 from hf_alrs.report.summary import format_rate, json_ready
@@ -459,6 +460,56 @@ def test_several_folders_and_tasks_are_merged(tmp_path):
     content = build_report([first, tmp_path / "second", third], tmp_path / "merged")
     assert list(content["tasks"]) == ["cifar10", "sst2"]
     assert (tmp_path / "merged" / "plots" / "2-sst2-rates.svg").exists()
+
+
+def test_folders_that_share_runs_are_one_comparison(tmp_path):
+    shared = [make_record("linear", 1e-3, seed) for seed in SEEDS]
+    ours = [make_record("alrs", 1e-3, seed) for seed in SEEDS]
+    again = copy.deepcopy(ours[0])  # made by both
+    again["timing"]["total_seconds"] += 1.0
+    first = store(tmp_path / "first", *shared, *ours)
+    second = store(tmp_path / "second", *shared, again, *(make_record("step", 1e-3, seed) for seed in SEEDS))
+    summary = summarize(runs := load_runs([first, second]))
+    rows = {row["other"]: row for row in summary["tasks"]["sst2"]["comparisons"]["tuned"]}
+    assert {name: row["num_pairs"] for name, row in rows.items()} == {"linear": len(SEEDS), "step": len(SEEDS)}
+    assert sum(run.comparison for run in runs) == 1  # the one made anew stays apart
+    assert {run.origin for run in runs if run.scheduler == "step"} == {1}
+
+
+def test_a_run_that_failed_before_its_training_has_the_budget_of_its_comparison(tmp_path):
+    lost = make_record("linear", 1e-3, 0, status="failed")
+    lost.update(num_training_steps=1, steps_per_epoch=1, evaluations=[], benchmark_results=None)
+    lost["history"] = {name: None if name == "phase" else [] for name in lost["history"]}
+    short = [make_record("linear", 1e-4, seed) for seed in SEEDS]
+    for record in short:
+        record["num_training_steps"] = 20
+    one = [lost, make_record("linear", 1e-3, 1), *(make_record("alrs", 1e-3, seed) for seed in SEEDS)]
+    folders = [store(tmp_path / "one", *one), store(tmp_path / "two", *short)]
+    summary = summarize(load_runs(folders[:1]))
+    assert not [check for check in summary["plan"]["checks"] if "training steps" in check]
+    assert summary["plan"]["tasks"][0]["budgets"] == [(NUM_STEPS, 40)]
+    tables = build_leaderboard(load_runs(folders), ["one", "two"])["tasks"]
+    assert list(tables) == ["sst2, 20 steps", f"sst2, {NUM_STEPS} steps"]
+    assert [(row["scheduler"], row["num_failed"]) for row in tables["sst2, 20 steps"]] == [("linear", 0)]
+    found = {row["scheduler"]: row["num_failed"] for row in tables[f"sst2, {NUM_STEPS} steps"]}
+    assert found == {"alrs": 0, "linear": 1}
+    alone = build_leaderboard(load_runs([store(tmp_path / "alone", lost)]), ["alone"])["tasks"]
+    assert [row["num_failed"] for row in alone["sst2"]] == [1]
+
+
+def test_a_seed_that_fails_everywhere_leaves_the_middle_half(tmp_path):
+    records = [
+        make_record(scheduler, 1e-3, seed, task, level=level)
+        for task in ("one", "two")
+        for scheduler, level in {"alrs": 0.2, "linear": 0.3}.items()
+        for seed in range(5)
+    ]
+    for record in records:
+        if record["spec"]["task"] == "two" and record["spec"]["seed"] == 4:
+            record.update(status="diverged", results=None)
+    rows = summary_of(tmp_path, *records)["overall"]["interquartile_means"]
+    found = {row["scheduler"]: row["tuned"]["iqm"] for row in rows if row["metric"] == "eval_loss"}
+    assert 0 <= found["alrs"] < found["linear"] < 0.5
 
 
 def test_means_over_tasks_are_of_the_way_left_to_the_best_cell(tmp_path):

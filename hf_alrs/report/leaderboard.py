@@ -53,10 +53,20 @@ def _by_budget(runs: Sequence[Run]) -> dict[str, TaskRuns]:
     """A part for each length of the runs of a task: a longer run is no better scheduler."""
     parts = {}
     for task in group_by_task(runs):
-        budgets = sorted({run.record["num_training_steps"] for run in task.runs})
-        for budget in budgets:
-            (part,) = group_by_task([run for run in task.runs if run.record["num_training_steps"] == budget])
-            parts[task.name if len(budgets) == 1 else f"{task.name}, {budget} steps"] = part
+        lengths: dict[int, set[int]] = {}
+        for run in task.runs:
+            if run.budget is not None:
+                lengths.setdefault(run.budget[0], set()).add(run.comparison)
+        for length, comparisons in sorted(lengths.items()):
+            # A run that failed before its training is of the length of its comparison.
+            (part,) = group_by_task(
+                run
+                for run in task.runs
+                if (run.comparison in comparisons if run.budget is None else run.budget[0] == length)
+            )
+            parts[task.name if len(lengths) == 1 else f"{task.name}, {length} steps"] = part
+        if not lengths:
+            parts[task.name] = task
     return parts
 
 

@@ -95,9 +95,7 @@ def _plan(summary: dict[str, Any]) -> list[Table]:
     tables = []
     for task in plan["tasks"]:
         epochs = [
-            f"{steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch})"
-            for steps in task["num_training_steps"]
-            for per_epoch in task["steps_per_epoch"]
+            f"{steps} steps ({steps / per_epoch:.3g} epochs of {per_epoch})" for steps, per_epoch in task["budgets"]
         ]
         rows = {
             "Data": told(task["source"]),

@@ -34,7 +34,7 @@ def is_baseline(scheduler: str) -> bool:
     return not scheduler.startswith(REFERENCE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """
     One stored run.
@@ -42,12 +42,15 @@ class Run:
     Args:
         record (`dict[str, Any]`): Content of the file, as `results_schema.json` describes it.
         path (`Path`): Where it was read from.
-        origin (`int`): Index of the folder it came from; runs are paired within a folder.
+        origin (`int`): Index of the folder it came from.
+        comparison (`int`): Index of the first folder of its comparison, within which runs are paired: its own, or an
+            earlier one that holds some of the same runs.
     """
 
     record: dict[str, Any]
     path: Path
     origin: int = 0
+    comparison: int = 0
 
     @property
     def task(self) -> str:
@@ -68,7 +71,14 @@ class Run:
     @property
     def pair(self) -> tuple[int, int]:
         """Runs with the same value started from the same weights and saw the same batches."""
-        return self.origin, self.seed
+        return self.comparison, self.seed
+
+    @property
+    def budget(self) -> tuple[int, int] | None:
+        """Optimizer steps of the run and of an epoch; `None` where it failed before its training, and knows neither."""
+        if self.record["status"] == "failed" and not self.record["history"]["step"]:
+            return None
+        return self.record["num_training_steps"], self.record["steps_per_epoch"]
 
     @property
     def completed(self) -> bool:
@@ -197,7 +207,8 @@ def read_result(path: Path) -> dict[str, Any]:
 def load_runs(directories: Iterable[Path]) -> list[Run]:
     """
     Reads every `*.json` in the folders, one run each. A file that is still being written (`*.tmp`) and the
-    `results.json` of an earlier report are passed over; the same file found in two folders counts once.
+    `results.json` of an earlier report are passed over; the same file found in two folders counts once, and makes them one
+    comparison.
 
     Args:
         directories (`Iterable[Path]`): Folders of result files.
@@ -210,7 +221,8 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
     """
     directories = list(map(Path, directories))
     found: dict[tuple, Run] = {}
-    contents: set[str] = set()
+    contents: dict[str, Run] = {}
+    compared: set[tuple] = set()
     for origin, directory in enumerate(directories):
         if not directory.is_dir():
             raise InputError(
@@ -226,18 +238,27 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
                 "is the folder of a single run; a report is built of the results of a comparison.",
                 "Give the folder of a comparison, which --schedulers, --learning_rates or --seeds make of the run.",
             )
+        fresh: list[Run] = []
+        shared: dict[str, int] = {}
         for path in sorted(directory.glob("*.json")):
             if path.name == REPORT_FILE:
                 continue
-            run = Run(read_result(path), path, origin)
+            run = Run(read_result(path), path, origin, origin)
             content = json.dumps(run.record, sort_keys=True)
             if content in contents:
+                shared.setdefault(run.task, contents[content].comparison)
                 continue
-            contents.add(content)
-            key = (run.task, run.scheduler, run.learning_rate, run.seed, origin)
+            contents[content] = run
+            fresh.append(run)
+        for run in fresh:
+            # A folder that repeats runs of an earlier one goes on with its comparison, but for a run that both made.
+            if run.task in shared and (shared[run.task], *_spec(run)) not in compared:
+                run.comparison = shared[run.task]
+            compared.add((run.comparison, *_spec(run)))
+            key = (origin, *_spec(run))
             if key in found:
                 raise InputError(
-                    str(path),
+                    str(run.path),
                     run.record["spec"],
                     f"is the same run as {found[key].path.name}, with another outcome.",
                     "Keep one of the two files.",
@@ -254,6 +275,10 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
         found.values(),
         key=lambda run: (run.task, is_baseline(run.scheduler), run.scheduler, run.learning_rate, run.pair),
     )
+
+
+def _spec(run: Run) -> tuple[str, str, float, int]:
+    return run.task, run.scheduler, run.learning_rate, run.seed
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,10 @@ def _distances(columns: list[list[Run]], tasks: list[TaskRuns], metric: str, sev
     for place, task in enumerate(tasks if several else ()):
         name = "eval_loss" if metric == "eval_loss" else task.score
         best = (min if metric == "eval_loss" else max)(task.mean_final(cell, name) for cell in task.cells)
+        if not math.isfinite(best):  # every cell has a failed run: there is a best among the completed ones
+            completed = ([run.final(name) for run in runs if run.completed] for runs in task.cells.values())
+            means = [float(np.mean(finals)) for finals in completed if finals]
+            best = (min if metric == "eval_loss" else max)(means, default=0.0)
         before = [(run.record["benchmark_results"] or {}).get(name) for run in task.runs]
         before = [float(value) for value in before if value is not None]
         span = float(np.mean(before)) - best if before else 0.0
@@ -398,8 +402,7 @@ def _plan_of_task(task: TaskRuns) -> dict[str, Any]:
         "schedulers": task.schedulers,
         "seeds": sorted({run.seed for run in task.runs}),
         "learning_rates": task.learning_rates,
-        "num_training_steps": sorted({record["num_training_steps"] for record in records}),
-        "steps_per_epoch": sorted({record["steps_per_epoch"] for record in records}),
+        "budgets": sorted({run.budget for run in task.runs if run.budget is not None}),
     }
 
 
@@ -422,13 +425,13 @@ def _checks(task: TaskRuns) -> list[str]:
     """What makes cells of a task incomparable; empty when every run had the same start, data and budget."""
     problems = []
     compared = {
-        "numbers of training steps": lambda run: run.record["num_training_steps"],
+        "numbers of training steps": lambda run: run.budget and run.budget[0],
         "data sources": lambda run: run.record["source"],
         "split sizes": lambda run: tuple(sorted(run.record["splits"].items())),
         "scores": lambda run: run.record["higher_is_better_metric"],
     }
     for what, value in compared.items():
-        if (number := len(set(map(value, task.runs)))) > 1:
+        if (number := len(set(map(value, task.runs)) - {None})) > 1:
             problems.append(f"{task.name}: the runs have {number} different {what}.")
     for what, key in (("initial weights", "initial_state_hash"), ("first batches", "first_batch_hash")):
         for pair in sorted({run.pair for run in task.runs}):

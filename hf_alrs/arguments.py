@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import re
 import shlex
@@ -256,7 +257,7 @@ def recipe_arguments(recipe: Mapping[str, Any]) -> list[str]:
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
-        arguments += [f"--{key}", *(str(v) for v in values)]
+        arguments += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return arguments
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .baselines import BASELINES, Baseline, scheduler_kwargs
 from .batch_norm import BatchNormStatistics
@@ -204,12 +204,17 @@ def find_baseline(name: str) -> Baseline:
     return BASELINES[name]
 
 
-def _metric_for_best(metric: str | None, prepared: PreparedTask) -> str:
+def keeps_best(args: TrainingArguments) -> bool:
+    """Whether the run chooses among its checkpoints by a metric."""
+    return args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST
+
+
+def _metric_for_best(args: TrainingArguments, prepared: PreparedTask) -> str:
     """The metric that the best checkpoint is chosen by, on the controller's split: never on the one that is reported."""
+    metric = args.metric_for_best_model
     if prepared.controller_dataset is None:
         raise InputError(
-            "load_best_model_at_end",
-            True,
+            *(("load_best_model_at_end", True) if args.load_best_model_at_end else ("save_strategy", "best")),
             "the best is chosen on the controller's split.",
             "Set --controller_split 0.1.",
         )
@@ -263,8 +268,8 @@ def build_trainer(
         args.greater_is_better = False
         if args.eval_strategy == IntervalStrategy.NO:
             args.eval_strategy = IntervalStrategy.EPOCH
-    elif args.load_best_model_at_end:
-        args.metric_for_best_model = _metric_for_best(args.metric_for_best_model, prepared)
+    elif keeps_best(args):
+        args.metric_for_best_model = _metric_for_best(args, prepared)
     if args.label_smoothing_factor > 0 and _has_one_logit(prepared, model):
         raise InputError(
             "label_smoothing_factor",

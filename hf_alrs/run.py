@@ -29,7 +29,7 @@ from . import cards, hub
 from .arguments import ALRSArguments, RunArguments, parse, read_recipe, task_recipe
 from .callback import CONTROLLER, HISTORY_NAME
 from .config import ALRSConfig, InputError
-from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
+from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline, keeps_best
 from .matrix import environment, split_sizes
 from .network import load_network
 
@@ -290,7 +290,7 @@ def _train_prepared(
         before = _evaluate(trainer, prepared)
         before.pop("epoch", None)  # none has passed
         best = (args.metric_for_best_model or "").replace(f"eval_{CONTROLLER}_", "eval_", 1)
-        if args.load_best_model_at_end and best not in before:
+        if keeps_best(args) and best not in before:
             scores = [key.removeprefix("eval_") for key in before if not key.endswith(("runtime", "_per_second"))]
             known = ", ".join(scores)
             rule = f"is no metric of this task, which has {known}."

@@ -121,6 +121,13 @@ def test_bad_values_name_their_field(make: object, field: str) -> None:
     assert error.value.field == field
 
 
+def test_a_mapping_in_a_recipe_is_an_option_of_json(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("lr_scheduler_kwargs: {min_lr: 1.0e-6}\n")
+    _, (*_, args), _ = parse(["--task_name", "sst2", "--config", str(recipe)], TYPES, TASKS, "sst2")
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
 def test_recipe_that_is_no_mapping(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("- a\n- b\n")
@@ -337,6 +344,11 @@ TABLE = ["--task", "titanic", "--dataset_name", "sample", "--fold", "0", "--num_
             "split that is reported.*Give loss",
         ),
         (["--load_best_model_at_end", "--controller_split", "0"], "load_best_model_at_end.*--controller_split"),
+        (["--save_strategy", "best", "--controller_split", "0"], "save_strategy='best'.*--controller_split"),
+        (
+            ["--save_strategy", "best", "--metric_for_best_model", "f2"],
+            "metric_for_best_model='f2'.*loss, accuracy, f1",
+        ),
     ],
 )
 def test_what_the_data_rule_out_is_refused_before_training(options: list[str], match: str, tmp_path: Path) -> None:
@@ -417,6 +429,13 @@ def test_the_best_model_is_chosen_on_the_controllers_split(tmp_path: Path) -> No
         entry["eval_controller_accuracy"] for entry in state["log_history"] if "eval_controller_accuracy" in entry
     ]
     assert len(measured) >= 3 and state["best_metric"] == max(measured)
+
+
+@pytest.mark.parametrize("options", [[], ["--metric_for_best_model", "accuracy", "--scheduler", "linear"]])
+def test_only_the_best_is_saved(options: list[str], tmp_path: Path) -> None:
+    train([*TABLE, "--output_dir", str(tmp_path), "--save_strategy", "best", *options], TASKS, "titanic")
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] and Path(state["best_model_checkpoint"]).is_dir()
 
 
 def test_an_interrupted_run_that_keeps_one_checkpoint_ends_as_one_that_was_not(

@@ -156,7 +156,8 @@ def test_a_network_that_cannot_be_had(hub: HubServer, status: int | None, told: 
     assert "\n" not in str(error.value)
 
 
-def test_a_mistyped_folder_is_not_asked_for(hub: HubServer) -> None:
+def test_a_mistyped_folder_is_not_asked_for(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where nobody's training has left that folder
     with pytest.raises(InputError, match="no folder here"):
         load_network("outputs/meta-training/64-32", (64, 32), 0)
     assert not hub.requests

@@ -114,7 +114,7 @@ class ALRSCallback(TrainerCallback):
             reason = "its batches are split over several GPUs by one process (DataParallel)"
         self.scheduler.loss_remedy = f"{reason}; use ALRSTrainer, which sees every loss"
         if not self.told_losses:
-            self._forward_hook = model.register_forward_hook(self._after_forward, with_kwargs=True)
+            self._forward_hook = model.register_forward_hook(_ForwardHook(self._after_forward), with_kwargs=True)
         if self.scheduler.config.average_weights:
             samples = self.scheduler.config.batch_norm_samples
             self.scheduler.batch_norm = BatchNormStatistics(model, train_dataloader, args, samples, self.forward_batch)
@@ -261,6 +261,31 @@ class ALRSCallback(TrainerCallback):
         if self.write_history and state.is_world_process_zero:
             with open(Path(args.output_dir) / HISTORY_NAME, "a") as file:
                 file.writelines(_json_line(entry) for entry in entries)
+
+
+class _ForwardHook:
+    """
+    Shows the callback what the model returns.
+
+    Copies and pickles that are made of the model during the run (as for an average of their own) hold one that does nothing,
+    and with it no callback, scheduler or optimizer.
+
+    Args:
+        show (`Callable`, *optional*): Takes what torch gives a forward hook.
+    """
+
+    def __init__(self, show: Callable[..., None] | None = None):
+        self._show = show
+
+    def __call__(self, *given: Any) -> None:
+        if self._show is not None:
+            self._show(*given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
+        return _ForwardHook()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ForwardHook, ()
 
 
 def _refuse_without_state(step: int) -> NoReturn:

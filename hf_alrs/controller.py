@@ -273,7 +273,9 @@ class ALRSController:
         return max(0, step - probing) / self.num_training_steps
 
     def learning_rate(self, step: int) -> float:
-        """The rate for the `step`-th optimizer step (counted from 0), under what has been decided so far."""
+        """The rate for the `step`-th optimizer step (counted from 0), under what has been decided so far; 0 after the last."""
+        if step >= self.num_training_steps:  # as after a decay to 0, and because the model holds the averaged weights
+            return 0.0
         warmup = min(1.0, (step + 1) / self.num_warmup_steps) if self.num_warmup_steps else 1.0
         share = decay(self._final_ratio, step, self.num_training_steps)
         if self.probing:  # on a schedule of their own, so that they can be compared

@@ -7,8 +7,9 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,18 +29,26 @@ from .signals import SignalRecorder, is_sharded, measuring_device, sharded_like
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 5
+STATE_VERSION = 6
 # Where our state travels inside that of the scheduler that Trainer owns and checkpoints, with the callback
 STATE_KEY = "alrs_state"
 # Beside it: where the scheduler that it lies in stood, which moves on only where ALRS does not drive
 STOOD_AT_KEY = "alrs_stood_at"
 
 
+# Calls of `step` without any optimizer step: more than mixed precision skips while it looks for its scale
+_IDLE_CALLS = 20
+
+
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers such as accelerate's, whose step is the one that moves the weights."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    """The torch optimizer inside wrappers such as accelerate's or SAM's, whose step is the one that moves the weights."""
+    while True:
+        if hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        elif isinstance(getattr(optimizer, "base_optimizer", None), Optimizer):
+            optimizer = optimizer.base_optimizer
+        else:
+            return optimizer
 
 
 def _averages_weights_itself(optimizer: Optimizer) -> bool:
@@ -121,8 +130,9 @@ class ALRSScheduler(LRScheduler):
         self._inner = inner
         self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
         self._average: WeightAverage | None = None
+        self._measured: list[int] = []  # places of the parameters among those of all groups
+        self._thawed: list[int] = []  # those that came after the start; no signals are measured on them
         self._parameters: list[torch.Tensor] = []
-        self._thawed: list[torch.Tensor] = []  # in groups that came after the start; no signals are measured on them
         self._find_parameters()
         if not self._parameters:
             raise InputError(
@@ -131,11 +141,19 @@ class ALRSScheduler(LRScheduler):
         self._initial: dict[str, Any] | None = None  # what a restart goes back to
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
         buffers = dict(model.named_buffers()) if model is not None else {}
-        self._initial_buffers = [b.detach().clone() for b in buffers.values()]
+        # Whole numbers do not train: they are the weights of a quantised model, or places and masks.
+        buffers = {name: b for name, b in buffers.items() if b.is_floating_point() or b.numel() == 1}
+        self._initial_buffers = [b.detach().clone() for b in buffers.values() if self.controller.restarts_possible]
         self._buffer_names = list(buffers)
+        # A wrapper that has no modes of its own gets them too
+        self._switched = [
+            inner,
+            *(outer for outer in (optimizer,) if outer is not inner and not hasattr(outer, "eval")),
+        ]
         if self.config.average_weights:
             self._average = WeightAverage(self._parameters, model, num_training_steps)
-            inner.eval, inner.train = self.show_average, self._train_on
+            for switched in self._switched:
+                switched.eval, switched.train = self.show_average, self._train_on
         self.batch_norm: BatchNormStatistics | None = None
         self._batch_norm_fresh = False  # whether the model holds statistics of the averaged weights
         self._snapshot: dict[str, Any] | None = None
@@ -143,9 +161,11 @@ class ALRSScheduler(LRScheduler):
         self._told: set[str] = set()
         self._steps = 0  # optimizer steps accounted for
         self._optimizer_steps = 0  # optimizer steps seen by the hook
+        self._idle_calls = 0  # of `step`, before the first of them
         self._signals: torch.Tensor | None = None
-        self._loss: torch.Tensor | None = None  # of the step under way, with the number of its micro-batches
-        self._micro_batches = 0
+        # Of the step under way: the sum of the losses, and what it is to be divided by
+        self._loss: torch.Tensor | float | None = None
+        self._num_losses: torch.Tensor | int = 1
         self._grad_norm: Any = None
         self._pending: list[tuple[int, float, Any, Any]] = []  # step, rate, loss, gradient norm: not yet read
         self.history: list[dict[str, Any]] = []
@@ -169,7 +189,8 @@ class ALRSScheduler(LRScheduler):
         Args:
             loss (`torch.Tensor` or `float`, *optional*): Mean loss of the batch (of a tensor with several elements the
                 mean is taken), before any division for gradient accumulation; with accumulation call once per
-                micro-batch, and the mean is taken.
+                micro-batch, and the mean of the finite ones is taken, because one that is not may be of a step that mixed
+                precision has skipped.
             is_share (`bool`, *optional*, defaults to `False`): Whether the losses of the micro-batches add up to that
                 of the step instead, as those that are divided by `num_items_in_batch` do.
             grad_norm (`torch.Tensor` or `float`, *optional*): Norm of the gradient before clipping, for the history.
@@ -179,11 +200,17 @@ class ALRSScheduler(LRScheduler):
                 loss = loss.detach()
                 loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
                 loss = loss.mean() if loss.dim() > 0 else loss
-            if self._loss is not None:
+            if (
+                self._loss is None
+            ):  # a copy, as the caller may write the next loss into the same memory before this one is read
+                self._loss, self._num_losses = loss.clone() if isinstance(loss, torch.Tensor) else loss, 1
+            elif is_share:
                 self._loss = self._loss + loss
-            else:  # a copy, as the caller may write the next loss into the same memory before this one is read
-                self._loss = loss.clone() if isinstance(loss, torch.Tensor) else loss
-            self._micro_batches = 1 if is_share else self._micro_batches + 1
+            else:
+                if isinstance(self._num_losses, int) and self._num_losses == 1:
+                    self._loss, self._num_losses = _finite(self._loss)
+                loss, number = _finite(loss)
+                self._loss, self._num_losses = self._loss + loss, self._num_losses + number
         if grad_norm is not None:
             self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
 
@@ -199,7 +226,21 @@ class ALRSScheduler(LRScheduler):
             self._set_rates()
             return
         if self._optimizer_steps == self._steps:
+            self._idle_calls += 1
+            if self._optimizer_steps == 0 and self._idle_calls == _IDLE_CALLS:
+                name = type(self._inner).__name__
+                self._warn(
+                    "idle",
+                    f"`scheduler.step()` was called {_IDLE_CALLS} times and {name} has made no step: nothing is driven. Give "
+                    "the scheduler the optimizer whose `step` moves the weights, if it is another one.",
+                )
             return
+        if self._steps == self.controller.num_training_steps:
+            self._warn(
+                "end",
+                f"Step {self._steps + 1}: the learning rate is 0, as num_training_steps={self._steps} are over. Give the "
+                "scheduler the number of optimizer steps that the loop makes, if it makes more.",
+            )
         start = time.perf_counter()
         self.hide_average()
         step = self._steps
@@ -207,10 +248,12 @@ class ALRSScheduler(LRScheduler):
         self.last_epoch += 1
         self._step_count += 1
         loss = self._loss
-        if loss is not None and self._micro_batches > 1:
-            loss = loss / self._micro_batches
+        if loss is not None and not isinstance(self._num_losses, int):
+            loss = loss / self._num_losses
+        elif loss is not None and self._num_losses != 1:
+            loss = loss / self._num_losses if self._num_losses else math.nan
         self._pending.append((step, self.get_last_lr()[self._reference], loss, self._grad_norm))
-        self._loss, self._micro_batches, self._grad_norm = None, 0, None
+        self._loss, self._num_losses, self._grad_norm = None, 1, None
         if self._signals is not None:
             signals, self._signals = self._signals, None
             if all(loss is None for _, _, loss, _ in self._pending):
@@ -223,7 +266,7 @@ class ALRSScheduler(LRScheduler):
         if self._initial is not None and self.controller.restart_window_over(self._steps):
             self._initial = None
         if self._average is not None and not self.controller.probing:
-            if self._average.is_due(step):
+            if self._average.is_due(step) and step < self.controller.num_training_steps:
                 self._average.update()
             if self._steps >= self.controller.num_training_steps:
                 self._show_average()
@@ -281,7 +324,7 @@ class ALRSScheduler(LRScheduler):
     def discard(self) -> None:
         """Forgets the metrics of a step that mixed precision skipped."""
         if self._optimizer_steps == self._steps:
-            self._loss, self._micro_batches, self._grad_norm = None, 0, None
+            self._loss, self._num_losses, self._grad_norm = None, 1, None
 
     def show_average(self) -> None:
         """Puts the averaged weights into the model, for an evaluation or to save them; also the optimizer's `eval()`."""
@@ -332,9 +375,10 @@ class ALRSScheduler(LRScheduler):
         if self._average is not None:
             self._average.release()
             self._average = None
-            for name in ("eval", "train"):
-                if getattr(getattr(self._inner, name, None), "__self__", None) is self:
-                    delattr(self._inner, name)
+            for switched in self._switched:
+                for name in ("eval", "train"):
+                    if getattr(getattr(switched, name, None), "__self__", None) is self:
+                        delattr(switched, name)
 
     def refuse_closed(self) -> None:
         """
@@ -349,18 +393,24 @@ class ALRSScheduler(LRScheduler):
                 "Make a new optimizer and scheduler, or let Trainer make them.",
             )
 
-    def _trained_parameters(self) -> list[torch.Tensor]:
-        return [
-            p
-            for group, driven in zip(self._inner.param_groups, self._driven, strict=False)
-            if driven
-            for p in group["params"]
-            if p.requires_grad
-        ]
+    def _all_parameters(self) -> list[torch.Tensor]:
+        return [p for group in self._inner.param_groups for p in group["params"]]
 
-    def _find_parameters(self) -> None:
-        """Looks up the parameters, which FSDP2 exchanges, and a device moves, after the optimizer was made."""
-        found = self._trained_parameters()
+    def _trained_places(self) -> list[int]:
+        """Places, among the parameters of all groups, of those that are trained now."""
+        groups = self._inner.param_groups
+        driven = [*self._driven, *(True for _ in groups[len(self._driven) :])]  # groups that came after the start
+        trained = [d and p.requires_grad for group, d in zip(groups, driven, strict=True) for p in group["params"]]
+        return [place for place, is_trained in enumerate(trained) if is_trained]
+
+    def _find_parameters(self, places: list[int] | None = None) -> None:
+        """
+        Looks up the parameters, which FSDP2 exchanges, and a device moves, after the optimizer was made; those at `places`,
+        or all that are trained.
+        """
+        self._measured = self._trained_places() if places is None else places
+        everything = self._all_parameters()
+        found = [everything[place] for place in self._measured]
         same = len(found) == len(self._parameters) and all(map(operator.is_, found, self._parameters))
         moved = bool(found) and same and measuring_device(self._recorder.parameters[0]) != self._recorder.device
         if not same or moved:
@@ -376,6 +426,8 @@ class ALRSScheduler(LRScheduler):
         self.hide_average()
         if len(self._inner.param_groups) > len(self.base_lrs):
             self._set_rates()  # of layers that thaw with this step
+        if self._optimizer_steps > 0:
+            self._take_in()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._look_at_gradients()
@@ -408,7 +460,7 @@ class ALRSScheduler(LRScheduler):
             if self.controller.restarts_possible:
                 self._initial = {
                     "tensors": [*(_copied(p, None) for p in self._parameters), *self._initial_buffers],
-                    "optimizer": {},
+                    "optimizer": _copied_state(self._inner, None),  # Adagrad's may begin before the first step
                     "groups": _numbers_of_groups(self._inner),
                 }
             self._initial_buffers = []
@@ -505,7 +557,9 @@ class ALRSScheduler(LRScheduler):
     def _restored_tensors(self) -> list[torch.Tensor]:
         buffers = dict(self.model.named_buffers()) if self.model is not None else {}
         nothing = torch.empty(0)  # a forward pass may make buffers, take them away, or exchange them for larger ones
-        return [*self._parameters, *(buffers.get(name, nothing) for name in self._buffer_names), *self._thawed]
+        everything = self._all_parameters() if self._thawed else []
+        thawed = (everything[place] for place in self._thawed)
+        return [*self._parameters, *(buffers.get(name, nothing) for name in self._buffer_names), *thawed]
 
     @torch.no_grad()
     def _load(self, kept: dict[str, Any]) -> None:
@@ -517,16 +571,19 @@ class ALRSScheduler(LRScheduler):
         places = [(p, group) for group in groups for p in group["params"]]
         for index, values in kept["optimizer"].items():
             parameter, group = places[index]
-            self._inner.state[parameter] = {
-                key: _cloned_beside(value, parameter, group) if isinstance(value, torch.Tensor) else value
-                for key, value in values.items()
-            }
+            self._inner.state[parameter] = _mapped(values, partial(_cloned_beside, parameter=parameter, group=group))
         for group, numbers in zip(groups, kept["groups"], strict=False):  # later groups had none then
             group.update(numbers)
 
-    def _take_in(self, thawed: list[torch.Tensor]) -> None:
+    def _take_in(self) -> None:
         """Layers that thaw are averaged, restarted and rolled back with the others, to what they are now at the earliest."""
-        self._thawed += thawed
+        known = {*self._measured, *self._thawed}
+        places = [place for place in self._trained_places() if place not in known]
+        if not places:
+            return
+        everything = self._all_parameters()
+        thawed = [everything[place] for place in places]
+        self._thawed += places
         for kept in (self._initial, self._snapshot, self._good):
             if kept is not None:
                 kept["tensors"] += [_copied(p, torch.device("cpu") if kept is self._good else None) for p in thawed]
@@ -552,11 +609,8 @@ class ALRSScheduler(LRScheduler):
 
     def _set_rates(self) -> None:
         groups = self.optimizer.param_groups
-        added = groups[len(self.base_lrs) :]  # after the start, as when layers thaw
-        for group in added:
+        for group in groups[len(self.base_lrs) :]:  # after the start, as when layers thaw
             self.base_lrs.append(float(group.setdefault("initial_lr", group["lr"])))
-        if added:
-            self._take_in([p for group in added for p in group["params"] if p.requires_grad])
         rates = self.get_lr()
         for group, rate in zip(groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -581,7 +635,9 @@ class ALRSScheduler(LRScheduler):
             "average": self._average.state_dict() if self._average is not None else None,
             "rank": torch.distributed.get_rank() if any(map(is_sharded, self._parameters)) else None,
             "told": sorted(self._told),
-            "num_measured_groups": len(self._driven),
+            "measured": list(self._measured),
+            "thawed": list(self._thawed),
+            "num_driven_groups": len(self._driven),
             "buffer_names": list(self._buffer_names),
             "steps": self._steps,
             "optimizer_steps": self._optimizer_steps,
@@ -644,14 +700,25 @@ class ALRSScheduler(LRScheduler):
     def _take(self, state_dict: dict[str, Any]) -> None:
         # Of a finished run, whose model holds those of the averaged weights
         statistics = [values.clone() for values in self._statistics()]
-        num_measured = state_dict["num_measured_groups"]
-        if not 1 <= num_measured <= len(self._driven):
+        num_driven = state_dict["num_driven_groups"]
+        if not 1 <= num_driven <= len(self._driven):
             raise ValueError("a number of groups that cannot be")
-        averaged = self._trained_parameters()
-        self._driven = self._driven[:num_measured]  # signals leave out what thawed later, the average does not
-        self._find_parameters()
-        self._thawed = averaged[len(self._parameters) :]
+        self._driven = self._driven[:num_driven]
+        everything = self._all_parameters()
+        measured, self._thawed = list(state_dict["measured"]), list(state_dict["thawed"])
+        places = [*measured, *self._thawed]
+        if not measured or len(set(places)) < len(places) or min(places) < 0:
+            raise ValueError("parameters that cannot be")
+        if max(places) >= len(everything):
+            raise InputError(
+                "checkpoint",
+                max(places) + 1,
+                f"it was made for more parameters than this optimizer's {len(everything)}.",
+                "Resume with the same parameters in the optimizer, in the same order.",
+            )
+        self._find_parameters(measured)  # signals leave out what thawed later, the average does not
         if self._average is not None and self._thawed:
+            averaged = [everything[place] for place in places]
             self._average = WeightAverage(averaged, self.model, self.controller.num_training_steps)
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
@@ -684,7 +751,7 @@ class ALRSScheduler(LRScheduler):
         self._initial_buffers = []
         self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
-        self._signals, self._loss, self._micro_batches, self._grad_norm = None, None, 0, None
+        self._signals, self._loss, self._num_losses, self._grad_norm = None, None, 1, None
         self.history = []  # of a run that was interrupted in this process
         self.base_lrs = list(state_dict["base_lrs"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
@@ -708,13 +775,26 @@ def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:
     return torch.cat([x.to(device).double().reshape(1) for x in tensors])
 
 
+def _finite(loss: Any) -> tuple[Any, Any]:
+    """A loss and 1, or twice 0 where it is not finite, without looking at a tensor's value."""
+    if isinstance(loss, torch.Tensor):
+        finite = loss.isfinite()
+        return torch.where(finite, loss, 0.0), finite.to(loss.dtype)
+    return (loss, 1) if math.isfinite(loss) else (0.0, 0)
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Nested lists and dictionaries with the function of each tensor in its place."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    return [_mapped(item, function) for item in value] if isinstance(value, list) else value
+
+
 def _moved(value: Any, device: torch.device, scalars: bool = False) -> Any:
     """Nested lists and dictionaries with their tensors on `device`; those of one number only with `scalars`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device) if value.dim() > 0 or scalars else value
-    if isinstance(value, dict):
-        return {key: _moved(item, device, scalars) for key, item in value.items()}
-    return [_moved(item, device, scalars) for item in value] if isinstance(value, list) else value
+    return _mapped(value, lambda tensor: tensor.to(device) if tensor.dim() > 0 or scalars else tensor)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -747,10 +827,7 @@ def _copied_state(optimizer: Optimizer, device: torch.device | None) -> dict[int
     """The optimizer's state by parameter index, tensors copied."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
-        index: {
-            key: _copied(value, device if value.dim() > 0 else None) if isinstance(value, torch.Tensor) else value
-            for key, value in optimizer.state[p].items()
-        }
+        index: _mapped(dict(optimizer.state[p]), lambda tensor: _copied(tensor, device if tensor.dim() > 0 else None))
         for index, p in enumerate(parameters)
         if p in optimizer.state
     }

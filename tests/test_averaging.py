@@ -620,11 +620,12 @@ def test_layers_that_thaw_are_averaged_with_the_others(quiet: Config) -> None:
     torch.testing.assert_close(flat(model), averaged(weights))
 
 
-def test_a_run_in_which_layers_thawed_is_resumed_exactly(quiet: Config) -> None:
+@pytest.mark.parametrize("in_optimizer", [False, True])
+def test_a_run_in_which_layers_thawed_is_resumed_exactly(in_optimizer: bool, quiet: Config) -> None:
     def begin(thawed: bool) -> tuple[Line, nn.Parameter, torch.optim.Optimizer, ALRSScheduler]:
-        model, late = Line(), nn.Parameter(torch.zeros(2))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        if thawed:
+        model, late = Line(), nn.Parameter(torch.zeros(2), requires_grad=thawed)
+        optimizer = torch.optim.SGD([*model.parameters(), late] if in_optimizer else model.parameters(), lr=0.1)
+        if thawed and not in_optimizer:
             optimizer.add_param_group({"params": [late], "lr": 0.05})
         return model, late, optimizer, ALRSScheduler(optimizer, T, config=quiet(says=0.3))
 
@@ -641,7 +642,9 @@ def test_a_run_in_which_layers_thawed_is_resumed_exactly(quiet: Config) -> None:
 
     model, late, optimizer, scheduler = begin(False)
     go(model, late, optimizer, scheduler, 6)
-    optimizer.add_param_group({"params": [late], "lr": 0.05})
+    late.requires_grad_(True)
+    if not in_optimizer:
+        optimizer.add_param_group({"params": [late], "lr": 0.05})
     go(model, late, optimizer, scheduler, 10)
     kept = io.BytesIO()
     torch.save([model.state_dict(), late.detach(), optimizer.state_dict(), scheduler.state_dict()], kept)

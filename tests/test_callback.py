@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import logging
 import math
@@ -781,6 +783,53 @@ def test_a_model_that_was_evaluated_first_is_prepared_anew_for_several_processes
 
 
 # Several runs, other people's saves
+
+
+@routes
+def test_a_finished_run_that_is_started_again_keeps_its_model(
+    route: str, tmp_path: Path, moving_config: Config
+) -> None:
+    """Trainer makes one more step where the last epoch was not over."""
+    ends = []
+    for again in (False, True, True):
+        args = arguments(tmp_path, max_steps=13, save_strategy="steps", save_steps=13)
+        trainer = make_trainer(route, args, moving_config(average_weights=True))
+        trainer.train(resume_from_checkpoint=again)
+        ends.append(weights_of(trainer.model))
+    assert trainer.state.global_step > 13
+    for end in ends[1:]:
+        assert all(map(torch.equal, end, ends[0]))
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_model_can_be_copied_and_saved_whole_during_a_run(
+    batch_norm: bool, tmp_path: Path, moving_config: Config
+) -> None:
+    copies = []
+
+    class Copy(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                kept = io.BytesIO()
+                torch.save(model, kept)
+                kept.seek(0)
+                copies.extend([copy.deepcopy(model), torch.load(kept, weights_only=False)])
+                for one in copies:
+                    one.train()(
+                        **{
+                            key: value[None].repeat(2, 1) if value.dim() else value[None].repeat(2)
+                            for key, value in tiny_dataset()[0].items()
+                        }
+                    )
+
+    model = tiny_classifier(batch_norm=batch_norm)
+    trainer = make_trainer("callback", arguments(tmp_path), moving_config(), model)
+    trainer.add_callback(Copy())
+    trainer.train()
+    assert len(copies) == 2 and trainer.state.global_step == NUM_STEPS
+    assert [entry["loss"] for entry in history_of(tmp_path)] == pytest.approx(logged(trainer, "loss"), abs=1e-4)
+    for one in copies:
+        assert [vars(hook) for hook in one._forward_hooks.values()] == [{"_show": None}]
 
 
 def test_a_configuration_of_another_type_is_refused() -> None:

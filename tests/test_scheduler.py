@@ -897,11 +897,14 @@ def train_scaled(
     return scheduler, rates, model
 
 
+@pytest.mark.parametrize("discard", [False, True], ids=["kept", "discarded"])
 @pytest.mark.parametrize("unscale", [False, True], ids=["scaled", "unscaled before"])
 @pytest.mark.parametrize("name", list(SCALED))
 @pytest.mark.reliability("fp16 with skipped steps (GradScaler): no advance, no trouble, features finite")
-def test_a_step_that_the_scaler_skips_is_no_step(name: str, unscale: bool, moving_config: Config) -> None:
-    scheduler, rates, model = train_scaled(SCALED[name], moving_config(), torch.float16, OVERFLOWS, unscale)
+def test_a_step_that_the_scaler_skips_is_no_step(
+    name: str, unscale: bool, discard: bool, moving_config: Config
+) -> None:
+    scheduler, rates, model = train_scaled(SCALED[name], moving_config(), torch.float16, OVERFLOWS, unscale, discard)
     history = scheduler.history
     assert len(history) == len(rates) == 30 - len(OVERFLOWS)
     assert [entry["learning_rate"] for entry in history] == pytest.approx(rates)
@@ -1071,20 +1074,24 @@ def test_a_restart_leaves_buffers_alone_that_the_forward_pass_made(quiet: Config
 
 @pytest.mark.reliability("a batch of NaN after layers have thawed: all weights go back, the thawed ones too")
 @pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("in_optimizer", [False, True])
 @pytest.mark.parametrize(
     "thaw", [None, 10, 21]
 )  # 21: the last decision before the batch that is NaN has not seen them
-def test_a_rollback_brings_back_layers_that_thawed(thaw: int | None, average: bool, quiet: Config) -> None:
+def test_a_rollback_brings_back_layers_that_thawed(
+    thaw: int | None, in_optimizer: bool, average: bool, quiet: Config
+) -> None:
     model = tiny_classifier()
     model.first.requires_grad_(False)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if in_optimizer or p.requires_grad], lr=0.01)
     config = quiet(rollback=True, average_weights=average)
     scheduler = ALRSScheduler(optimizer, 40, config=config, model=model)
     batch = next(iter(DataLoader(tiny_dataset(), batch_size=64)))
     for step in range(40):
         if step == thaw:
             model.first.requires_grad_(True)
-            optimizer.add_param_group({"params": list(model.first.parameters()), "lr": 0.01})
+            if not in_optimizer:
+                optimizer.add_param_group({"params": list(model.first.parameters()), "lr": 0.01})
         optimizer.zero_grad()
         loss = model(**batch)["loss"] * (math.nan if step == 22 else 1)
         scheduler.observe(loss=loss)
@@ -1095,19 +1102,88 @@ def test_a_rollback_brings_back_layers_that_thawed(thaw: int | None, average: bo
     assert model(**batch)["loss"] < 1.1
 
 
-def test_layers_may_thaw_before_a_restart(quiet: Config) -> None:
+@pytest.mark.parametrize("in_optimizer", [False, True])
+def test_layers_may_thaw_before_a_restart(in_optimizer: bool, quiet: Config) -> None:
     model = tiny_classifier(batch_norm=True)
     model.first.requires_grad_(False)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if in_optimizer or p.requires_grad], lr=0.05)
     config = quiet(says=-3.0, max_restarts=1, restart_window=1.0)
     scheduler = ALRSScheduler(optimizer, T, config=config, model=model)
     train_classifier(model, optimizer, scheduler, 2)
     model.first.requires_grad_(True)
-    optimizer.add_param_group({"params": list(model.first.parameters()), "lr": 0.05})
+    if not in_optimizer:
+        optimizer.add_param_group({"params": list(model.first.parameters()), "lr": 0.05})
     before = [p.detach().clone() for p in model.first.parameters()]
     train_classifier(model, optimizer, scheduler, 2 * K - 1)
     assert scheduler.last_decision.action == "restart"
     assert all(torch.equal(a, b) for a, b in zip(before, model.first.parameters(), strict=True))
+
+
+class StateFromTheStart(torch.optim.SGD):
+    """As Adagrad of torch 2.6: its state is made with it, and looked up at every step."""
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, lr=lr)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["sum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["sum"] += p.grad.square()
+            p -= self.param_groups[0]["lr"] * p.grad
+
+
+def test_a_restart_brings_back_the_state_that_the_optimizer_began_with(quiet: Config) -> None:
+    model = tiny_classifier()
+    optimizer = StateFromTheStart(model.parameters(), lr=0.05)
+    config = quiet(says=-3.0, max_restarts=1, restart_window=1.0)
+    scheduler = ALRSScheduler(optimizer, T, config=config, model=model)
+    train_classifier(model, optimizer, scheduler, 2 * K + 1)
+    assert scheduler.last_decision.action == "restart"
+    assert all(bool((optimizer.state[p]["sum"] == 0).all()) for p in model.parameters())
+
+
+def test_lists_in_the_state_of_an_optimizer_are_copied_and_brought_back() -> None:
+    model = Line()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, X)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    scheduler = ALRSScheduler(optimizer, T)
+    kept = scheduler._keep(None)
+    (state,) = (values for values in optimizer.state.values() if values)
+    before = [t.clone() for t in state["old_dirs"]]
+    for _ in range(3):
+        optimizer.step(closure)
+    assert len(state["old_dirs"]) > len(before)
+    for _ in range(2):  # what was brought back once is not what is trained on
+        scheduler._load(kept)
+        (state,) = (values for values in optimizer.state.values() if values)
+        assert all(map(torch.equal, state["old_dirs"], before)) and len(state["old_dirs"]) == len(before)
+        optimizer.step(closure)
+
+
+class Quantised(TinyClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(100, 100, dtype=torch.int32))
+        self.register_buffer("scale", torch.ones(3))
+        self.register_buffer("count", torch.tensor(0))
+
+
+def test_quantised_weights_are_not_copied(quiet: Config) -> None:
+    model = Quantised()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(max_restarts=1), model=model)
+    assert scheduler._buffer_names == ["scale", "count"] and len(scheduler._initial_buffers) == 2
+    without = ALRSScheduler(optimizer, T, config=quiet(max_restarts=0), model=model)
+    assert without._initial_buffers == []
 
 
 def test_a_restart_resets_what_the_optimizer_counts_in_its_groups(quiet: Config) -> None:
@@ -1145,6 +1221,82 @@ def test_micro_batches_of_half_precision_are_added_in_single(dtype: torch.dtype,
     assert float(scheduler._loss) == pytest.approx(sum(map(float, losses)), rel=1e-6)
 
 
+@pytest.mark.parametrize("tensors", ["neither", "both", "total", "loss"])
+@pytest.mark.parametrize(
+    ("losses", "mean"),
+    [
+        ([1.0, 2.0, 6.0], 3.0),
+        ([1.0, math.inf, 3.0], 2.0),
+        ([math.nan, 4.0], 4.0),
+        ([math.inf, math.nan, 5.0, 7.0], 6.0),
+        ([math.inf, math.nan], None),
+    ],
+)
+def test_the_mean_of_micro_batches_is_that_of_the_finite_ones(
+    losses: list[float], mean: float | None, tensors: str, quiet: Config
+) -> None:
+    scheduler = ALRSScheduler(sgd(), T, config=quiet())
+    for place, loss in enumerate(losses):
+        as_tensor = tensors == "both" or tensors == ("loss" if place else "total")
+        scheduler.observe(loss=torch.tensor(loss) if as_tensor else loss)
+    scheduler._inner.step()
+    scheduler.step()
+    scheduler.flush()
+    (entry,) = scheduler.history
+    assert not math.isfinite(entry["loss"]) if mean is None else entry["loss"] == pytest.approx(mean)
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation as the common implementation has it: its own `step` need not be called."""
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, {"lr": lr})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=lr)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def second_step(self) -> None:
+        self.base_optimizer.step()
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_an_optimizer_around_another_is_driven_by_the_inner_ones_steps(average: bool, quiet: Config) -> None:
+    model = Line()
+    optimizer = SAM(model.parameters(), 0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(average_weights=average))
+    for _ in range(T):
+        optimizer.zero_grad()
+        loss_of(model, X).backward()
+        optimizer.second_step()
+        scheduler.step()
+    assert scheduler.last_epoch == T and hasattr(optimizer, "eval") == average
+    scheduler.close()
+    assert not hasattr(optimizer, "eval") and not hasattr(optimizer.base_optimizer, "eval")
+
+
+def test_steps_that_are_never_seen_are_told_once(caplog: pytest.LogCaptureFixture, quiet: Config) -> None:
+    scheduler = ALRSScheduler(sgd(), T, config=quiet())
+    for _ in range(60):
+        scheduler.step()
+    assert [record.message for record in caplog.records if "SGD has made no step" in record.message] != []
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.AdamW])
+def test_after_the_last_step_nothing_moves(
+    make: Callable[[Any], torch.optim.Optimizer], average: bool, caplog: pytest.LogCaptureFixture, quiet: Config
+) -> None:
+    model = Line()
+    optimizer = make(model.parameters())
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(average_weights=average, min_lr=1e-3))
+    rates = train(model, optimizer, scheduler, T)
+    end = [p.detach().clone() for p in model.parameters()]
+    assert rates[-1] > 0 and scheduler.get_last_lr() == [0.0] and not caplog.records
+    train(model, optimizer, scheduler, 10)
+    assert all(map(torch.equal, model.parameters(), end))
+    assert [f"num_training_steps={T} are over" in record.message for record in caplog.records] == [True]
+
+
 def test_an_optimizer_without_a_rate_is_refused(quiet: Config) -> None:
     optimizer = transformers.Adafactor(tiny_classifier().parameters())
     with pytest.raises(InputError, match=r"lr=None.*Adafactor"):
@@ -1167,8 +1319,10 @@ def test_states_that_do_not_fit_are_refused(quiet: Config, network_folder: Calla
     for key in ("alrs_state_version", "feature_version"):
         with pytest.raises(InputError, match="version"):
             make(tiny_classifier()).load_state_dict(state | {key: 99})
-    with pytest.raises(InputError, match="other parameters"):
+    with pytest.raises(InputError, match="more parameters than this optimizer's 2"):
         make(Line()).load_state_dict(state)
+    with pytest.raises(InputError, match="other parameters"):
+        make(TinyClassifier(num_inputs=7)).load_state_dict(state)
     with pytest.raises(InputError, match="another shape"):
         other = network_folder(scratch_network(hidden_sizes=(16,)), "other")
         make(tiny_classifier(), network=other).load_state_dict(state)

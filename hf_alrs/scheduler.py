@@ -132,6 +132,8 @@ class ALRSScheduler(LRScheduler):
         self._average: WeightAverage | None = None
         self._measured: list[int] = []  # places of the parameters among those of all groups
         self._thawed: list[int] = []  # those that came after the start; no signals are measured on them
+        self._frozen: list[torch.Tensor] = []  # those that may thaw, of the first groups
+        self._num_groups = 0
         self._parameters: list[torch.Tensor] = []
         self._find_parameters()
         if not self._parameters:
@@ -175,7 +177,11 @@ class ALRSScheduler(LRScheduler):
         # For the warning that there is no loss; to the callback losses come another way
         self.loss_remedy = "call `scheduler.observe(loss=loss)` after each forward pass"
         self._closed = False
-        self._hook = inner.register_step_pre_hook(self._before_optimizer_step)
+        self._depth = 0  # calls of the optimizer's `step` under way
+        self._hooks = [
+            inner.register_step_pre_hook(self._before_optimizer_step),
+            inner.register_step_post_hook(self._after_optimizer_step),
+        ]
         self._is_first_call = True  # torch's own call of `step`
         super().__init__(optimizer)
         self._is_first_call = False
@@ -225,6 +231,7 @@ class ALRSScheduler(LRScheduler):
             self._step_count = 1
             self._set_rates()
             return
+        self._depth = 0  # whatever an optimizer's `step` has raised
         if self._optimizer_steps == self._steps:
             self._idle_calls += 1
             if self._optimizer_steps == 0 and self._idle_calls == _IDLE_CALLS:
@@ -368,8 +375,9 @@ class ALRSScheduler(LRScheduler):
             self.show_average()
 
     def close(self) -> None:
-        """Takes the hook and the two methods off the optimizer; rates and weights stay where they are."""
-        self._hook.remove()
+        """Takes the hooks and the two methods off the optimizer; rates and weights stay where they are."""
+        for hook in self._hooks:
+            hook.remove()
         self._closed = True
         self.batch_norm = None  # and with it the training data
         if self._average is not None:
@@ -396,21 +404,21 @@ class ALRSScheduler(LRScheduler):
     def _all_parameters(self) -> list[torch.Tensor]:
         return [p for group in self._inner.param_groups for p in group["params"]]
 
-    def _trained_places(self) -> list[int]:
-        """Places, among the parameters of all groups, of those that are trained now."""
+    def _driven_parameters(self) -> dict[int, torch.Tensor]:
+        """The parameters of the groups that are driven, frozen ones too, by their places among those of all groups."""
         groups = self._inner.param_groups
         driven = [*self._driven, *(True for _ in groups[len(self._driven) :])]  # groups that came after the start
-        trained = [d and p.requires_grad for group, d in zip(groups, driven, strict=True) for p in group["params"]]
-        return [place for place, is_trained in enumerate(trained) if is_trained]
+        all_driven = [is_driven for group, is_driven in zip(groups, driven, strict=True) for _ in group["params"]]
+        return {place: p for place, p in enumerate(self._all_parameters()) if all_driven[place]}
 
     def _find_parameters(self, places: list[int] | None = None) -> None:
         """
         Looks up the parameters, which FSDP2 exchanges, and a device moves, after the optimizer was made; those at `places`,
         or all that are trained.
         """
-        self._measured = self._trained_places() if places is None else places
-        everything = self._all_parameters()
-        found = [everything[place] for place in self._measured]
+        driven = self._driven_parameters()
+        self._measured = [place for place, p in driven.items() if p.requires_grad] if places is None else places
+        found = [driven[place] for place in self._measured]
         same = len(found) == len(self._parameters) and all(map(operator.is_, found, self._parameters))
         moved = bool(found) and same and measuring_device(self._recorder.parameters[0]) != self._recorder.device
         if not same or moved:
@@ -423,6 +431,9 @@ class ALRSScheduler(LRScheduler):
     # What happens around the optimizer's step
 
     def _before_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._depth += 1
+        if self._depth > 1:  # torch calls the hooks again where a subclass's `step` calls that of its base class
+            return None
         self.hide_average()
         if len(self._inner.param_groups) > len(self.base_lrs):
             self._set_rates()  # of layers that thaw with this step
@@ -445,6 +456,9 @@ class ALRSScheduler(LRScheduler):
         if "closure" in kwargs:
             return args, {**kwargs, "closure": closure_and_look}
         return (args[0], closure_and_look, *args[2:]), kwargs
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(0, self._depth - 1)
 
     def _look_at_gradients(self) -> None:
         # A fused optimizer is called with mixed precision's scale and verdict, and unscales, or skips, by itself.
@@ -577,22 +591,27 @@ class ALRSScheduler(LRScheduler):
 
     def _take_in(self) -> None:
         """Layers that thaw are averaged, restarted and rolled back with the others, to what they are now at the earliest."""
-        known = {*self._measured, *self._thawed}
-        places = [place for place in self._trained_places() if place not in known]
-        if not places:
+        num_groups = len(self._inner.param_groups)
+        if num_groups == self._num_groups and not any(p.requires_grad for p in self._frozen):
             return
-        everything = self._all_parameters()
-        thawed = [everything[place] for place in places]
-        self._thawed += places
+        known = {*self._measured, *self._thawed}
+        others = {place: p for place, p in self._driven_parameters().items() if place not in known}
+        self._num_groups, self._frozen = num_groups, [p for p in others.values() if not p.requires_grad]
+        thawed = {place: p for place, p in others.items() if p.requires_grad}
+        if not thawed:
+            return
+        self._thawed += thawed
         for kept in (self._initial, self._snapshot, self._good):
             if kept is not None:
-                kept["tensors"] += [_copied(p, torch.device("cpu") if kept is self._good else None) for p in thawed]
+                kept["tensors"] += [
+                    _copied(p, torch.device("cpu") if kept is self._good else None) for p in thawed.values()
+                ]
         if self._good is not None:
             self._good.pop("average", None)
         if self._average is not None:  # begins anew, with all of them
             self.hide_average()
             self._average = WeightAverage(
-                [*self._average.parameters, *thawed], self.model, self.controller.num_training_steps
+                [*self._average.parameters, *thawed.values()], self.model, self.controller.num_training_steps
             )
 
     # Rates
@@ -706,6 +725,7 @@ class ALRSScheduler(LRScheduler):
         self._driven = self._driven[:num_driven]
         everything = self._all_parameters()
         measured, self._thawed = list(state_dict["measured"]), list(state_dict["thawed"])
+        self._num_groups = 0  # to be looked through again
         places = [*measured, *self._thawed]
         if not measured or len(set(places)) < len(places) or min(places) < 0:
             raise ValueError("parameters that cannot be")

@@ -1273,6 +1273,32 @@ def test_an_optimizer_around_another_is_driven_by_the_inner_ones_steps(average: 
     assert not hasattr(optimizer, "eval") and not hasattr(optimizer.base_optimizer, "eval")
 
 
+class OwnAdam(torch.optim.Adam):
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise RuntimeError("no step")
+        return super().step(closure)
+
+
+def test_a_step_within_the_step_of_a_subclass_is_not_another(quiet: Config) -> None:
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # from here on torch calls hooks around Adam's own step too
+    model = Line()
+    optimizer = OwnAdam(model.parameters(), 0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    train(model, optimizer, scheduler, 5)
+    assert scheduler.last_epoch == 5
+    optimizer.fails = True
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    optimizer.fails = False
+    scheduler.step()
+    train(model, optimizer, scheduler, 5)
+    scheduler.flush()
+    assert scheduler.last_epoch == len(scheduler.history) == 11  # the failed one was begun
+
+
 def test_steps_that_are_never_seen_are_told_once(caplog: pytest.LogCaptureFixture, quiet: Config) -> None:
     scheduler = ALRSScheduler(sgd(), T, config=quiet())
     for _ in range(60):

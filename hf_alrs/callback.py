@@ -21,7 +21,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, has_length
 
-from .batch_norm import BatchNormStatistics, unchanged_random_numbers
+from .batch_norm import BatchNormStatistics, tracking_layers, unchanged_random_numbers
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
 from .features import FEATURE_NAMES
@@ -419,6 +419,12 @@ class ALRSTrainer(Trainer):
         scheduler = self.alrs_callback.scheduler
         # A sample this small is not worth a larger one for batch-norm
         batch_norm, scheduler.batch_norm = scheduler.batch_norm, None
+        scheduler.show_average()
+        if self.args.world_size > 1 and scheduler.shows_average and not self.is_fsdp_enabled:
+            # Each process has averaged its own running statistics, and a checkpoint holds the first one's alone.
+            for layer in tracking_layers(self.model):
+                for values in (layer.running_mean, layer.running_var):
+                    torch.distributed.broadcast(values, 0)
         with unchanged_random_numbers():
             if self._controller_loader is None:
                 # Trainer keeps the loader of persistent workers for every dataset without a name

@@ -169,6 +169,7 @@ class ALRSScheduler(LRScheduler):
         self._loss: torch.Tensor | float | None = None
         self._num_losses: torch.Tensor | int = 1
         self._grad_norm: Any = None
+        self._evaluation: tuple[float, float] | None = None  # told since the last flush, in several processes
         self._pending: list[tuple[int, float, Any, Any]] = []  # step, rate, loss, gradient norm: not yet read
         self.history: list[dict[str, Any]] = []
         self.last_decision: Decision | None = None
@@ -221,8 +222,14 @@ class ALRSScheduler(LRScheduler):
             self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
 
     def observe_evaluation(self, loss: float, accuracy: float | None = None) -> None:
-        """Takes an evaluation on the controller's split (never on the split that is reported)."""
-        self.controller.observe_evaluation(float(loss), accuracy)
+        """
+        Takes an evaluation on the controller's split (never on the split that is reported). In several processes the mean
+        of those that tell one is what all decide from.
+        """
+        if _are_several_processes():  # which might have measured different things, or one alone
+            self._evaluation = (float(loss), accuracy or 0.0)
+        else:
+            self.controller.observe_evaluation(float(loss), accuracy)
 
     def step(self, epoch: int | None = None) -> None:
         """Advances by the optimizer step just made; does nothing when none was made since the last call."""
@@ -293,13 +300,22 @@ class ALRSScheduler(LRScheduler):
         norms = [math.nan if entry[3] is None else entry[3] for entry in self._pending]
         parts = [_vector(numbers, device) for numbers in (losses, norms) if numbers]
         parts += [signals] if signals is not None else []
+        several = _are_several_processes()
+        if several:
+            told = [0.0, 0.0, 0.0] if self._evaluation is None else [1.0, *self._evaluation]
+            parts.insert(0, _vector(told, device))
+            self._evaluation = None
         if not parts:
             return {}
         values = torch.cat(parts)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if several:
             torch.distributed.all_reduce(values)
             values /= torch.distributed.get_world_size()
         values = values.tolist()
+        if several:
+            (share, loss, accuracy), values = values[:3], values[3:]
+            if share > 0:
+                self.controller.observe_evaluation(loss / share, accuracy / share)
         loss_of = dict(zip(with_loss, values, strict=False))
         for i, (step, rate, _, _) in enumerate(self._pending):
             loss = loss_of.get(i)
@@ -339,6 +355,11 @@ class ALRSScheduler(LRScheduler):
             start = time.perf_counter()
             self._show_average()
             self.seconds += time.perf_counter() - start
+
+    @property
+    def shows_average(self) -> bool:
+        """Whether the averaged weights are in the model now."""
+        return self._average is not None and self._average.in_model
 
     def _show_average(self) -> None:
         if not self._average.in_model:
@@ -772,6 +793,7 @@ class ALRSScheduler(LRScheduler):
         self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
         self._signals, self._loss, self._num_losses, self._grad_norm = None, None, 1, None
+        self._evaluation = None
         self.history = []  # of a run that was interrupted in this process
         self.base_lrs = list(state_dict["base_lrs"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
@@ -861,10 +883,12 @@ def _numbers_of_groups(optimizer: Optimizer) -> list[dict[str, float]]:
     ]
 
 
+def _are_several_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _is_first_process() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
-        torch.distributed.get_rank() == 0
-    )
+    return not _are_several_processes() or torch.distributed.get_rank() == 0
 
 
 _OWN = {"alrs": ALRSScheduler, "step": StepLR, "exponential": ExponentialLR, "one_cycle": OneCycleLR}

@@ -19,7 +19,8 @@ from conftest import scratch_network
 
 SCRIPT = Path(__file__).parent / "scripts" / "distributed.py"
 FSDP_SCRIPT = SCRIPT.with_name("fsdp.py")
-ROUTES = ["bare", "callback", "trainer", "evaluated first", "loss of the whole step", "accumulation", "resumed"]
+ROUTES = ["bare", "evaluated by one", "callback", "trainer", "evaluated first", "loss of the whole step"]
+ROUTES += ["accumulation", "resumed"]
 
 
 def free_port() -> int:
@@ -61,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("route", [*ROUTES, "resumed after an epoch"])
+@pytest.mark.parametrize("route", [*ROUTES, "resumed after an epoch", "normalised", "normalised, resumed"])
 @pytest.mark.reliability("2 processes (DDP): rates, weights and network equal on both ranks to the last bit")
 def test_ranks_agree_to_the_last_bit(runs: dict[int, list[dict[str, Any]]], route: str) -> None:
     first, second = (rank[route] for rank in runs[2])
@@ -85,16 +86,20 @@ def test_two_processes_are_one_with_twice_the_batch(runs: dict[int, list[dict[st
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 @pytest.mark.parametrize(
-    "route",
-    ["resumed", "resumed after an epoch"],
+    ("route", "uninterrupted", "step"),
+    [
+        ("resumed", "callback", 8),
+        ("resumed after an epoch", "callback", 8),
+        ("normalised, resumed", "normalised", 32),
+    ],
 )
-@pytest.mark.reliability("2 processes: a resumed run is the uninterrupted one")
+@pytest.mark.reliability("2 processes: a resumed run is the uninterrupted one, with batch-norm too")
 def test_a_resumed_run_is_the_uninterrupted_one(
-    runs: dict[int, list[dict[str, Any]]], route: str, num_processes: int
+    runs: dict[int, list[dict[str, Any]]], route: str, uninterrupted: str, step: int, num_processes: int
 ) -> None:
     for rank in runs[num_processes]:
-        whole, resumed = rank["callback"], rank[route]
-        assert resumed["rates"] == whole["rates"][8:]
+        whole, resumed = rank[uninterrupted], rank[route]
+        assert resumed["rates"] == whole["rates"][step:]
         assert resumed["losses"] == whole["losses"]
         assert resumed["weights"] == whole["weights"]
 

@@ -73,9 +73,10 @@ def train_with(
     resume: str | None = None,
     evaluated_first: bool = False,
     whole_step: bool = False,
+    batch_norm: bool = False,
     **changed: Any,
 ) -> dict[str, Any]:
-    """A run of `Trainer` with the callback, or of `ALRSTrainer`."""
+    """A run of `Trainer` with the callback, or of `ALRSTrainer`; with `batch_norm` and a split for the controller too."""
     accumulation = changed.get("gradient_accumulation_steps", 1)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -96,8 +97,10 @@ def train_with(
     callback = ALRSCallback(config(network))
     kwargs = {"alrs_config": config(network)} if kind == "trainer" else {"callbacks": [callback]}
     set_seed(2)
-    model = LanguageModelLoss() if whole_step else tiny_classifier(seed=2)
+    model = LanguageModelLoss() if whole_step else tiny_classifier(seed=2, batch_norm=batch_norm)
     set_seed(3)
+    if batch_norm:
+        kwargs["eval_dataset"] = {"controller": tiny_dataset(seed=5), "held_out": tiny_dataset(seed=6)}
     trainer = cls(model=model, args=args, train_dataset=tiny_dataset(), **kwargs)
     if evaluated_first:
         trainer.evaluate(tiny_dataset())
@@ -109,8 +112,11 @@ def train_with(
     return summary(trainer.rates, trainer.model, seen.scheduler.controller.network, losses)
 
 
-def train_bare(network: str) -> dict[str, Any]:
-    """A loop of accelerate whose scheduler is prepared, and so stepped once for each process."""
+def train_bare(network: str, evaluated: bool = False) -> dict[str, Any]:
+    """
+    A loop of accelerate whose scheduler is prepared, and so stepped once for each process. With `evaluated` the first process
+    alone tells what an evaluation has shown.
+    """
     accelerator = Accelerator(cpu=True)
     model = tiny_classifier(seed=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -127,15 +133,17 @@ def train_bare(network: str) -> dict[str, Any]:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            if evaluated and accelerator.is_main_process and alrs.last_epoch % 7 == 0:
+                alrs.observe_evaluation(2 / (1 + 0.05 * alrs.last_epoch), 0.5)
     alrs.flush()
     return summary(rates, model, alrs.controller.network, [entry["loss"] for entry in alrs.history])
 
 
-def train_and_resume(network: str, folder: Path, step: int, **changed: Any) -> dict[str, Any]:
+def train_and_resume(network: str, folder: Path, step: int, kind: str = "callback", **changed: Any) -> dict[str, Any]:
     """The end of a run that is resumed at `step` with new objects."""
-    train_with("callback", network, folder, **changed)
+    train_with(kind, network, folder, **changed)
     PartialState().wait_for_everyone()
-    result = train_with("callback", network, folder, resume=str(folder / f"checkpoint-{step}"), **changed)
+    result = train_with(kind, network, folder, resume=str(folder / f"checkpoint-{step}"), **changed)
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         shutil.rmtree(folder)
@@ -148,6 +156,7 @@ def main() -> None:
     state = PartialState(cpu=True)
     runs: dict[str, Callable[[], dict[str, Any]]] = {
         "bare": lambda: train_bare(network),
+        "evaluated by one": lambda: train_bare(network, evaluated=True),
         "callback": lambda: train_with("callback", network, out / "callback"),
         "trainer": lambda: train_with("trainer", network, out / "trainer"),
         "evaluated first": lambda: train_with("trainer", network, out / "evaluated", evaluated_first=True),
@@ -156,6 +165,10 @@ def main() -> None:
         # checkpoints between two decisions, one that is foreseen at the step's end and one that is not
         "resumed": lambda: train_and_resume(network, out / "resumed", 8, save_strategy="steps", save_steps=8),
         "resumed after an epoch": lambda: train_and_resume(network, out / "epoch", 8, save_strategy="epoch"),
+        "normalised": lambda: train_with("trainer", network, out / "normalised", batch_norm=True),
+        "normalised, resumed": lambda: train_and_resume(
+            network, out / "again", 32, "trainer", batch_norm=True, save_strategy="steps", save_steps=32
+        ),
     }
     results = {"num_processes": state.num_processes} | {name: run() for name, run in runs.items()}
     (out / f"rank{state.process_index}.json").write_text(json.dumps(results))

@@ -312,6 +312,10 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
         ("num_workers: 0", "num_workers=0"),
         ("ensemble: [{hidden_sizes: [8], seed: 0, num_iterations: 0}]", "num_iterations.*at least 1"),
         ("ensemble: [{hidden_sizes: [], seed: 0, num_iterations: 5}]", "hidden_sizes.*at least 1"),
+        ("hidden_sizes: [[64, 32], [5000]]", r"hidden_sizes=\[5000\].*at most 4096"),
+        ("ensemble: [{hidden_sizes: [5000], seed: 0, num_iterations: 5}]", r"hidden_sizes=\[5000\]"),
+        ("max_cost: 0.05", "max_cost=0.05.*at least 1"),
+        ("max_short_cost: 0.5", "max_short_cost=0.5"),
         ("seed: -20", "seed=-20"),
         ("seed: 100000", "num_groups=400: a part has the seeds below 100,000"),
         ("num_long_groups: 100001", "num_long_groups=100001"),
@@ -355,8 +359,11 @@ def test_another_configuration_does_not_go_on_with_what_one_has_made(tmp_path: P
 def test_an_earlier_network_drives_the_first_round(tmp_path: Path) -> None:
     earlier = network_saying(1.0)
     earlier.save_pretrained(tmp_path / "earlier")
+    with pytest.raises(InputError, match=r"earlier_networks=.*layers of \(4,\).*\(64,\)"):
+        MetaTrainingConfig(str(tmp_path / "output"), hidden_sizes=[[64]], earlier_networks=[str(tmp_path / "earlier")],
+                           ensemble=[{"hidden_sizes": [8], "seed": 0, "num_iterations": 1}])  # fmt: skip
     config = MetaTrainingConfig(str(tmp_path / "output"), num_groups=1, num_held_out_groups=1, num_tasks=1,
-                                num_members=2, max_cost=1.0, num_workers=1, hidden_sizes=[[8]],
+                                num_members=2, max_cost=1.0, num_workers=1, hidden_sizes=[[4]],
                                 earlier_networks=[str(tmp_path / "earlier")],
                                 ensemble=[{"hidden_sizes": [8], "seed": 0, "num_iterations": 1}])  # fmt: skip
 

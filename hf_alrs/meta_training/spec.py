@@ -7,6 +7,8 @@ import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config import InputError
+
 
 POPULATION_VERSION = 5
 
@@ -197,7 +199,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
             steps = int(fields["num_training_steps"] * max_cost / cost)
             if steps >= fewest_steps:
                 return _with_examples({**fields, "num_training_steps": steps})
-    raise ValueError(f"max_cost={max_cost} leaves no {kind} task; raise it to at least 1.")
+    raise InputError("max_cost", max_cost, f"leaves no task of the kind {kind!r} in group {seed}.", "Raise it.")
 
 
 def _with_examples(fields: dict[str, Any]) -> TaskSpec:

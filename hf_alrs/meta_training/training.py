@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import ALRSConfig, InputError
+from ..config import MAX_HIDDEN_SIZE, ALRSConfig, InputError
 from ..controller import CONTROL_VERSION
 from ..features import FEATURE_NAMES, FEATURE_VERSION
 from ..network import MetaLRNetwork
@@ -135,6 +135,10 @@ class MetaTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(name, value, "must be a whole number of at least 1.", "Correct the configuration.")
+        for name in ("max_cost", "max_long_cost", "max_extended_cost", "max_short_cost"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(name, value, "must be at least 1, to leave every kind of task.", "Raise it.")
         for member in self.ensemble:
             sizes = member.get("hidden_sizes")
             numbers = [
@@ -151,6 +155,10 @@ class MetaTrainingConfig:
                 )
                 raise InputError("ensemble", member, rule, "Correct the configuration.")
             _check_noise(**self.noise_of(member))
+        for sizes in (*self.hidden_sizes, *(member["hidden_sizes"] for member in self.ensemble)):
+            if max(sizes) > MAX_HIDDEN_SIZE:
+                rule = f"must be at most {MAX_HIDDEN_SIZE} each."
+                raise InputError("hidden_sizes", sizes, rule, "Correct the configuration.")
         _check_noise(self.feature_noise, self.feature_dropout)
         for folder in self.states_from:
             if not (Path(folder) / "states").is_dir():
@@ -163,6 +171,11 @@ class MetaTrainingConfig:
         if self.earlier_networks and not (self.ensemble and len(self.earlier_networks) == len(self.hidden_sizes)):
             rule = "must be as many as hidden_sizes, and go with an ensemble."
             raise InputError("earlier_networks", self.earlier_networks, rule, "Correct one of them.")
+        for folder, sizes in zip(self.earlier_networks, self.hidden_sizes, strict=False):
+            found = MetaLRNetwork.from_pretrained(folder).hidden_sizes
+            if found != tuple(sizes):
+                rule = f"has layers of {found}, and its place among hidden_sizes is that of {tuple(sizes)}."
+                raise InputError("earlier_networks", folder, rule, "Give them in the order of hidden_sizes.")
         for part, share in self.earlier_shares.items():
             if part not in _PARTS.values() or type(share) not in (int, float) or not 0 <= share <= 1:
                 rule = f"must give a number from 0 to 1 for some of {', '.join(_PARTS.values())}."

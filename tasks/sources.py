@@ -338,7 +338,7 @@ def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) 
         known (`Sequence[str]`, *optional*): The task's own class names.
 
     Raises:
-        InputError: If labels are lists or the like, or whole numbers that do not begin at 0.
+        InputError: If labels are lists or the like, neither text nor numbers, or whole numbers that do not begin at 0.
     """
     feature = rows.features[column]
     if not isinstance(feature, (Value, ClassLabel)):
@@ -348,13 +348,20 @@ def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) 
     if isinstance(feature, ClassLabel) and feature.names:
         return list(feature.names)
     values = [value for value in rows.unique(column) if not _is_missing(value)]
+    if strange := [value for value in values if not isinstance(value, (str, int, float))]:
+        raise InputError(
+            "label_column",
+            column,
+            f"a label is a text or a whole number, and {strange[0]!r} is neither.",
+            "Correct or drop such rows, or give another column.",
+        )
     if values and all(isinstance(value, str) for value in values):
         if known is not None and {value.lower() for value in values} <= {name.lower() for name in known}:
             return list(known)
         return sorted(values)
     if known is not None:
         return list(known)
-    numbers = [int(value) for value in values if float(value) == int(value) and value != UNLABELLED]
+    numbers = [number for value in values if (number := _whole(value)) is not None and number != UNLABELLED]
     if numbers and min(numbers) > 0:
         shown = ", ".join(map(str, sorted(numbers)[:10]))
         raise InputError(
@@ -374,15 +381,15 @@ def encode_labels(rows: Dataset, column: str, names: Sequence[str], split: str) 
         InputError: If a label is missing or is not one of the classes; the message names the row.
     """
     values = rows.with_format(None)[column][:]
-    if len(values) and all(isinstance(value, str) for value in values):
+    if any(isinstance(value, str) for value in values):
         index = {name: number for number, name in enumerate(names)}
         index.update({name.lower(): number for number, name in enumerate(names) if name.lower() not in index})
-        encoded = [index.get(value, index.get(value.lower(), UNLABELLED)) for value in values]
-    else:
         encoded = [
-            int(value) if not _is_missing(value) and not isinstance(value, str) and float(value) == int(value) else -2
+            index.get(value, index.get(value.lower(), UNLABELLED)) if isinstance(value, str) else UNLABELLED
             for value in values
         ]
+    else:
+        encoded = [UNLABELLED if (number := _whole(value)) is None else number for value in values]
     labels = np.asarray(encoded, dtype=np.int64).reshape(-1)
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
@@ -418,6 +425,11 @@ def encode_targets(rows: Dataset, column: str, low: float, high: float, split: s
 
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and np.isnan(value))
+
+
+def _whole(value: Any) -> int | None:
+    """A label as a whole number, where it is one."""
+    return int(value) if isinstance(value, (int, float)) and np.isfinite(value) and value == int(value) else None
 
 
 # --- seeded, stratified choices ----------------------------------------------------------------------------------

@@ -1,19 +1,23 @@
 """Whatever cannot work ends before training, with one message that names the field, the value and the remedy."""
 
 import io
+import math
 import subprocess
 import sys
+from datetime import datetime
 from unittest.mock import MagicMock
 
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
 
 from hf_alrs.experiment import DataArguments, InputError
 from tasks import TASKS, get_task
+from tasks.sources import class_names, encode_labels
 from tasks.text import train_word_tokenizer
 
 
@@ -239,6 +243,28 @@ def test_label_outside_the_range(wrong, tmp_path):
     data["label"][7] = wrong
     error = refused(task_name="imdb", dataset_name=write_csv(tmp_path / "data", data))
     assert error.field == "label" and "row 7 of the train split" in error.rule
+
+
+def test_a_text_label_that_is_missing(tmp_path):
+    data = texts(40)
+    data["label"] = [None if n == 7 else ("bad", "good")[n % 2] for n in range(40)]
+    folder = write_csv(tmp_path / "data", data)
+    error = refused(task_name="imdb", dataset_name=folder)
+    assert error.field == "label" and "row 7 of the train split" in error.rule
+
+
+@pytest.mark.parametrize(
+    ("labels", "rule"),
+    [
+        ([datetime(2020, 1, 1), datetime(2021, 1, 1)], "neither"),
+        ([b"a", b"b"], "neither"),
+        ([0.0, math.inf], "row 1 of the train split"),
+    ],
+)
+def test_labels_of_other_kinds(labels, rule):
+    rows = Dataset.from_dict({"label": labels * 10})
+    with pytest.raises(InputError, match=rule):
+        encode_labels(rows, "label", class_names(rows, "label"), "train")
 
 
 def test_eval_label_that_train_does_not_have(tmp_path):

@@ -44,8 +44,9 @@ class ALRSArguments:
     phase1_steps: str = field(
         default="0.025", metadata={"help": "Length of phase 1: steps (`50`) or a fraction (`0.025`)."}
     )
-    decision_interval: str = field(
-        default="0.02", metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
+    decision_interval: str | None = field(
+        default=None,
+        metadata={"help": "Time between decisions: steps, a fraction, or `epoch`. Default: 0.02, with probes 0.0125."},
     )
     feedback_interval: int = field(
         default=8, metadata={"help": "Decisions between updates of the network in phase 3; 0: none."}
@@ -90,7 +91,7 @@ class ALRSArguments:
         """The `ALRSConfig` that these arguments spell."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scheduler"}
         for name in ("phase1_steps", "decision_interval"):
-            values[name] = _span(name, values[name])
+            values[name] = None if values[name] is None else _span(name, values[name])
         return ALRSConfig(**values, seed=seed)
 
 

@@ -126,8 +126,12 @@ class ALRSConfig:
     )
 
     # Phase 3, drive
-    decision_interval: int | float | str = field(
-        default=0.02, metadata={"help": "Time between decisions: steps, a fraction, or `epoch`."}
+    decision_interval: int | float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Time between decisions: steps, a fraction, or `epoch`. Default: 0.02; with probes, which teach by "
+            "decisions, 0.0125."
+        },
     )
     feedback_interval: int = field(
         default=8, metadata={"help": "Decisions between updates of the network in phase 3; 0 turns feedback off."}
@@ -234,7 +238,8 @@ class ALRSConfig:
         self.hidden_sizes = tuple(sizes)
         for name in ("phase1_steps", "probe_steps"):
             self._check_span(name, getattr(self, name))
-        if not (isinstance(self.decision_interval, str) and self.decision_interval == "epoch"):
+        interval = self.decision_interval
+        if interval is not None and not (isinstance(interval, str) and interval == "epoch"):
             self._check_span("decision_interval", self.decision_interval, least=2)
         self._check(
             "num_probes",
@@ -288,6 +293,13 @@ class ALRSConfig:
         if self.num_probes is not None:
             return self.num_probes
         return 7 if self.network == "scratch" else 0
+
+    @property
+    def time_between_decisions(self) -> int | float | str:
+        """`decision_interval`, with its default resolved."""
+        if self.decision_interval is not None:
+            return self.decision_interval
+        return 0.0125 if self.probes else 0.02
 
     def final_ratio(self, num_training_steps: int) -> float:
         """

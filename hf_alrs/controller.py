@@ -159,7 +159,7 @@ def decay(final_ratio: float, step: int, num_training_steps: int) -> float:
 
 def decision_interval_of(config: ALRSConfig, num_training_steps: int, steps_per_epoch: int | None) -> int:
     """Optimizer steps between decisions, at least 2: signals come from two successive steps at one rate."""
-    interval = config.decision_interval
+    interval = config.time_between_decisions
     if interval == "epoch":
         return max(2, int(steps_per_epoch))
     return interval if isinstance(interval, int) else max(2, steps_of(interval, num_training_steps))

@@ -171,7 +171,7 @@ def run_cell(
                 callback.logging_dir = str(logs / "runs" / Path(spec.file_name).stem)
         if isinstance(trainer, ALRSTrainer):
             trainer.alrs_callback.write_history = False
-            record["config"]["alrs"] = trainer.alrs_config.to_dict()
+            record["config"]["alrs"] = _settings(trainer.alrs_config)
         record["config"]["model"] = type(model).__name__
         # An optimizer of the baseline's own is none that `args.optim` can name
         optimizer = find_baseline(spec.scheduler).optimizer
@@ -402,7 +402,7 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
             theirs = {key: value for key, value in theirs.items() if not key.startswith("eval_s")}
         if stored.get("alrs") is not None and baseline is not None and baseline.alrs_config is not None:
             config = replace(experiment.alrs_config, **baseline.alrs_config, seed=record["spec"]["seed"])
-            ours, theirs = ours | config.to_dict(), theirs | stored["alrs"]
+            ours, theirs = ours | _settings(config), theirs | stored["alrs"]
         ours = json.loads(json.dumps(strict_json(ours), default=str))
         for key in ours:
             if key in theirs and not same_setting(ours[key], theirs[key]):  # another version may know others
@@ -414,6 +414,10 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
                     f"{path}{failed} is a run of the same task with {theirs[key]!r}, and one report would mix them.",
                     remedy if not failed else f"{remedy[:-1]}, or delete the file.",
                 )
+
+
+def _settings(config: ALRSConfig) -> dict[str, Any]:
+    return config.to_dict() | {"decision_interval": config.time_between_decisions}
 
 
 def same_setting(ours: Any, theirs: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from conftest import healthy_signals, network_saying, quiet_settings, scratch_network
 
 from hf_alrs import ALRSConfig, InputError, MetaLRNetwork
-from hf_alrs.controller import ALRSController, Decision, control
+from hf_alrs.controller import ALRSController, Decision, control, decision_interval_of
 from hf_alrs.features import FEATURE_NAMES
 
 
@@ -175,6 +175,13 @@ def test_the_rate_decays_along_a_line(changed: dict[str, Any], end: float) -> No
     assert rates[-1] == pytest.approx(LR0 * math.exp(multiplier) * (end + (1 - end) / T))
     assert rates[: K + 1] == pytest.approx([LR0 * (1 - (1 - end) * step / T) for step in range(K + 1)])
     assert [make_controller(**changed).learning_rate(step) for step in (T, T + 5)] == [0, 0]
+
+
+def test_probes_have_more_decisions_to_learn_from() -> None:
+    for changed, interval in (({}, 8), ({"network": "scratch"}, 5), ({"network": "scratch", "num_probes": 0}, 8)):
+        config = ALRSConfig(**changed)
+        assert decision_interval_of(config, 410, None) == interval
+    assert decision_interval_of(ALRSConfig(network="scratch", decision_interval=0.02), 410, None) == 8
 
 
 def test_warmup_rises_linearly() -> None:

@@ -76,8 +76,8 @@ class Side:
 @pytest.mark.parametrize("size", list(SIZES))
 def test_added_time_per_step(size: str, length: int, benchmark: Any) -> None:
     vocabulary, num_steps = SIZES[size][2:]
-    # Decisions come every 1.25 % of a run, updates of the average every 0.4 %: in 225 steps, as in one epoch of 7,200
-    # sentences, at every second step and at every step, in 1,000 steps at every twelfth and at every third.
+    # Decisions come every 2 % of a run, updates of the average every 0.4 %: in 225 steps, as in one epoch of 7,200
+    # sentences, at every fourth step and at every step, in 1,000 steps at every twentieth and at every fourth.
     sides = {name: Side(name, size, num_training_steps=length) for name in ("linear", "alrs")}
     generator = torch.Generator().manual_seed(0)
     rounds = iter(range(num_steps + WARMUP_STEPS))

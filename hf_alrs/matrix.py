@@ -417,6 +417,7 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
 
 
 def _settings(config: ALRSConfig) -> dict[str, Any]:
+    """As stored with a run: the interval is the one in use, so that runs from before its default had two values fit."""
     return config.to_dict() | {"decision_interval": config.time_between_decisions}
 
 

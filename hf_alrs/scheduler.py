@@ -148,10 +148,7 @@ class ALRSScheduler(LRScheduler):
         self._initial_buffers = [b.detach().clone() for b in buffers.values() if self.controller.restarts_possible]
         self._buffer_names = list(buffers)
         # A wrapper that has no modes of its own gets them too
-        self._switched = [
-            inner,
-            *(outer for outer in (optimizer,) if outer is not inner and not hasattr(outer, "eval")),
-        ]
+        self._switched = [inner] if optimizer is inner or hasattr(optimizer, "eval") else [inner, optimizer]
         if self.config.average_weights:
             self._average = WeightAverage(self._parameters, model, num_training_steps)
             for switched in self._switched:
@@ -207,9 +204,8 @@ class ALRSScheduler(LRScheduler):
                 loss = loss.detach()
                 loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
                 loss = loss.mean() if loss.dim() > 0 else loss
-            if (
-                self._loss is None
-            ):  # a copy, as the caller may write the next loss into the same memory before this one is read
+            if self._loss is None:
+                # A copy, as the caller may write the next loss into the same memory before this one is read
                 self._loss, self._num_losses = loss.clone() if isinstance(loss, torch.Tensor) else loss, 1
             elif is_share:
                 self._loss = self._loss + loss
@@ -621,7 +617,7 @@ class ALRSScheduler(LRScheduler):
         thawed = {place: p for place, p in others.items() if p.requires_grad}
         if not thawed:
             return
-        self._thawed += thawed
+        self._thawed += thawed.keys()
         for kept in (self._initial, self._snapshot, self._good):
             if kept is not None:
                 kept["tensors"] += [

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def is_baseline(scheduler: str) -> bool:
     return not scheduler.startswith(REFERENCE)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """
     One stored run.
@@ -238,7 +238,7 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
                 "is the folder of a single run; a report is built of the results of a comparison.",
                 "Give the folder of a comparison, which --schedulers, --learning_rates or --seeds make of the run.",
             )
-        fresh: list[Run] = []
+        fresh: dict[str, Run] = {}
         shared: dict[str, int] = {}
         for path in sorted(directory.glob("*.json")):
             if path.name == REPORT_FILE:
@@ -248,12 +248,11 @@ def load_runs(directories: Iterable[Path]) -> list[Run]:
             if content in contents:
                 shared.setdefault(run.task, contents[content].comparison)
                 continue
-            contents[content] = run
-            fresh.append(run)
-        for run in fresh:
+            contents[content] = fresh[content] = run
+        for content, run in fresh.items():
             # A folder that repeats runs of an earlier one goes on with its comparison, but for a run that both made.
             if run.task in shared and (shared[run.task], *_spec(run)) not in compared:
-                run.comparison = shared[run.task]
+                contents[content] = run = replace(run, comparison=shared[run.task])
             compared.add((run.comparison, *_spec(run)))
             key = (origin, *_spec(run))
             if key in found:

@@ -41,7 +41,7 @@ reliability: .venv/installed
 	$(SINGLE) $(BIN)/python -m pytest -m reliability
 
 # The plans of both reports at a size for two CPU cores, about two hours, and all of SST-2 and of CIFAR-10, which are for a GPU
-# (SKIP="cifar10-cnn-all sst2-all cifar10-resnet18-all" leaves them out); what is stored is not run again.
+# (SKIP="sst2-all cifar10-resnet18-all" leaves them out); what is stored is not run again.
 # What fails in one does not keep the other from running; it is told by the exit code at the end
 evidence: .venv/installed
 	status=0; \

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import network_saying
+from torch.nn import functional as F
 
 from hf_alrs.config import InputError
 from hf_alrs.features import FEATURE_NAMES
 from hf_alrs.meta_training.bank import Group, group_path, load_group, run_group, save_group
 from hf_alrs.meta_training.command import meta_evaluate_command, read_config
 from hf_alrs.meta_training.evaluation import summarize
-from hf_alrs.meta_training.spec import sample_spec
+from hf_alrs.meta_training.population import Population
+from hf_alrs.meta_training.spec import TaskSpec, sample_spec
 from hf_alrs.meta_training.training import (
     MetaTrainingConfig,
     States,
     _keep_configuration,
     _refuse_trained_on,
+    _weighted_states,
     distill,
     fit,
     meta_train,
@@ -198,6 +201,40 @@ def test_short_groups_have_a_few_dozen_steps() -> None:
     assert not any(spec.data == "sequence" and not spec.pretrained for spec in specs)
 
 
+def test_large_groups_are_wide_or_deep() -> None:
+    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_large_groups=2,
+                                num_held_out_large_groups=1, seed=5)  # fmt: skip
+    assert list(config.held_out_seeds["large"]) == [400_005]
+    assert config.train_seeds == [6, 400_006, 400_007]
+    assert config.size_of(400_006) == (1, 60.0)
+    specs = [sample_spec(seed, 60.0) for seed in range(400_000, 400_200)]
+    assert {spec.kind for spec in specs} == {"mlp", "conv", "attention"}
+    assert max(spec.hidden for spec in specs) > 400 and max(spec.depth for spec in specs) == 12
+    assert all(spec.hidden >= 64 for spec in specs if spec.kind == "attention")
+    deep = [spec for spec in specs if spec.depth >= 3 and not (spec.batch_norm or spec.layer_norm)]
+    assert all(spec.residual for spec in deep)
+    assert sum(s.kind == "conv" and s.batch_norm and s.optimizer.startswith("sgd") for s in specs) >= 20
+
+
+@pytest.mark.parametrize(("depth", "size"), [(4, 12), (6, 8), (7, 8), (12, 12)])
+def test_deep_conv_nets_halve_their_images_three_times_in_all(depth: int, size: int) -> None:
+    spec = TaskSpec(seed=0, kind="conv", data="images", num_training_steps=2, batch_size=4, num_examples=8,
+                    optimizer="sgd", hidden=2, depth=depth, image_size=size)  # fmt: skip
+    population = Population(spec, 1, 1)
+    sizes: list[int] = []
+    pool = F.max_pool2d
+
+    def watched(x: torch.Tensor, kernel: int) -> torch.Tensor:
+        y = pool(x, kernel)
+        sizes.append(y.shape[-1])
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "max_pool2d", watched)
+        population.loss_and_gradient(0)
+    assert sizes == [size // 2, size // 4, size // 8][: 2 if depth == 4 else 3]
+
+
 def test_the_groups_of_the_first_version_stay_as_they_were() -> None:
     """The bank of short and long groups is hours of work."""
     drawn = [sample_spec(seed, 5.0) for seed in (0, 1, 100_000)]
@@ -286,6 +323,15 @@ def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path:
         meta_evaluate_command([*arguments, "--max_cost", "0.5"], dict)
 
 
+def test_states_of_a_part_count_as_much_as_the_configuration_says(tmp_path: Path) -> None:
+    states = States(torch.zeros(2, 1), torch.zeros(2), torch.zeros(2, 4), torch.zeros(2), torch.tensor([1.0, 0.5]))
+    paths = [tmp_path / f"round0-{seed:06d}.pt" for seed in (7, 400_007)]
+    for path in paths:
+        torch.save(asdict(states), path)
+    config = MetaTrainingConfig(output_dir="x", part_weights={"large": 3})
+    assert _weighted_states(config, paths).weights.tolist() == [1.0, 0.5, 3.0, 1.5]
+
+
 def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(InputError, match="not a file"):
@@ -306,7 +352,9 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
     for line, match in (
         ("earlier_networks: [nowhere]", "earlier_networks='nowhere'"),
         ("earlier_shares: {short: 2}", r"earlier_shares=\{'short': 2\}.*from 0 to 1"),
-        ("earlier_shares: {brief: 0.5}", "standard, long, extended, short"),
+        ("earlier_shares: {brief: 0.5}", "standard, long, extended, short, large"),
+        ("part_weights: {large: -1}", r"part_weights=\{'large': -1\}.*at least 0"),
+        ("part_weights: {wide: 2}", "part_weights=.*standard, long, extended, short, large"),
         ("batch_size: 0", "batch_size=0"),
         ("num_distillation_iterations: 0", "num_distillation_iterations=0"),
         ("num_workers: 0", "num_workers=0"),

@@ -50,7 +50,7 @@ def _fits(f: Field, value: Any) -> bool:
         return isinstance(value, list) and all(
             isinstance(item, dict if f.name == "ensemble" else str) for item in value
         )
-    if f.name in ("feature_noise", "earlier_shares"):
+    if f.name in ("feature_noise", "earlier_shares", "part_weights"):
         return isinstance(value, dict)
     if f.name == "feature_dropout":
         return type(value) in (int, float)

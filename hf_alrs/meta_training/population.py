@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..averaging import update_interval, update_share
 from .data import TaskData, make_data
-from .spec import POPULATION_VERSION, TaskSpec, estimate_cost, sample_spec
+from .spec import POPULATION_VERSION, TaskSpec, estimate_cost, pool_period, sample_spec
 
 
 __all__ = ["POPULATION_VERSION", "Population", "TaskSpec", "estimate_cost", "sample_spec"]
@@ -132,7 +132,7 @@ class _Network:
             self._bias(f"conv{layer}.bias", (1, outputs), fan[0])
             if spec.batch_norm:
                 self._norm(f"norm{layer}", outputs)
-            channels, size = outputs, size // 2 if layer % 2 == 0 else size
+            channels, size = outputs, size // 2 if layer % pool_period(spec.depth) == 0 else size
         if spec.pool == "flatten":
             self._linear("dense", channels * size * size, 32)
             channels = 32
@@ -234,7 +234,7 @@ class _Network:
                 y = F.batch_norm(y, None, None, scale, shift, training=True)
             y = self.activation(y)
             x = x + y if spec.residual and x.shape == y.shape else y
-            if layer % 2 == 0:
+            if layer % pool_period(spec.depth) == 0:
                 x = F.max_pool2d(x, 2)
         x = x.view(batch, members, -1, *x.shape[2:])
         if spec.pool == "mean":

@@ -46,6 +46,16 @@ SHORT_KINDS = {"mlp": 0.24, "conv": 0.30, "bag": 0.12, "rnn": 0.08, "attention":
 SHORT_MIN_STEPS, SHORT_MAX_STEPS = 20, 160
 SHORT_PRETRAINED_SHARE = {"mlp": 0.2, "conv": 0.1, "bag": 0.2, "rnn": 0.3, "attention": 0.75}
 SHORT_CONV_OPTIMIZERS = {"adam": 0.25, "adamw": 0.15, "sgdm": 0.25, "sgd": 0.35}
+# Seeds from here on draw wide and deep models. The size of an update relative to its matrix means another thing there, and
+# how it goes with width and depth differs between kinds of models: from small ones alone, a network took the rates of
+# ResNet-18 to be several times too high.
+LARGE_SEED = 400_000
+LARGE_KINDS = {"mlp": 0.36, "conv": 0.48, "attention": 0.16}
+LARGE_MIN_STEPS, LARGE_MAX_STEPS = 60, 700
+LARGE_PRETRAINED_SHARE = {"mlp": 0.1, "conv": 0.1, "attention": 0.7}
+LARGE_OPTIMIZERS = {"adam": 0.2, "adamw": 0.15, "sgdm": 0.3, "sgd": 0.35}
+# Weights of the hidden layers of an MLP: each of them is moved once a step
+LARGE_MAX_WEIGHTS = 600_000
 
 
 @dataclass(frozen=True)
@@ -160,8 +170,8 @@ class TaskSpec:
 
 
 def family_of(seed: int) -> str:
-    """Which part of the population a seed draws from: `""`, `"long"`, `"extended"` or `"short"`."""
-    starts = {"short": SHORT_SEED, "extended": EXTENDED_SEED, "long": LONG_SEED}
+    """Which part of the population a seed draws from: `""`, `"long"`, `"extended"`, `"short"` or `"large"`."""
+    starts = {"large": LARGE_SEED, "short": SHORT_SEED, "extended": EXTENDED_SEED, "long": LONG_SEED}
     return next((family for family, start in starts.items() if seed >= start), "")
 
 
@@ -172,17 +182,25 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
     Args:
         seed (`int`): The same seed and `max_cost` always give the same spec. Seeds from 100,000 on give long runs,
             most of them from pretrained weights; those from 200,000 on give many epochs, those from 300,000 on a few
-            dozen steps.
+            dozen steps, and those from 400,000 on wide and deep models.
         max_cost (`float`, *optional*):
             Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
-            gets narrower; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
+            gets narrower, unless it is to be wide; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
             the share of each kind as it is.
     """
     r = random.Random(f"population-1-{seed}")  # what later versions added did not change the specs of version 1
     details = random.Random(f"population-3-{seed}")
     family = family_of(seed)
-    kinds = {"": KINDS, "long": LONG_KINDS, "extended": EXTENDED_KINDS, "short": SHORT_KINDS}[family]
-    fewest_steps = {"extended": EXTENDED_MIN_STEPS, "short": SHORT_MIN_STEPS}.get(family, MIN_STEPS)
+    kinds = {
+        "": KINDS,
+        "long": LONG_KINDS,
+        "extended": EXTENDED_KINDS,
+        "short": SHORT_KINDS,
+        "large": LARGE_KINDS,
+    }[family]
+    fewest_steps = {"extended": EXTENDED_MIN_STEPS, "short": SHORT_MIN_STEPS, "large": LARGE_MIN_STEPS}.get(
+        family, MIN_STEPS
+    )
     kind = r.choices(list(kinds), list(kinds.values()))[0]
     for _ in range(1000):
         fields = _draw(r, seed, kind)
@@ -190,7 +208,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
         if max_cost is None:
             return _with_examples(fields)
         for change in ({}, {"batch_size": 8}, {"hidden": 16, "embedding_dim": 16, "feedforward": 2, "heads": 2}):
-            if "hidden" in change and kind != "attention":
+            if "hidden" in change and (kind != "attention" or family == "large"):
                 continue
             fields.update(change)
             cost = estimate_cost(_with_examples(fields))
@@ -226,12 +244,14 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     family = family_of(seed)
     optimizers = SHORT_CONV_OPTIMIZERS if family == "short" and kind == "conv" else OPTIMIZERS
+    optimizers = LARGE_OPTIMIZERS if family == "large" else optimizers
     optimizer = r.choices(list(optimizers), list(optimizers.values()))[0]
     shares = {
         "": PRETRAINED_SHARE,
         "long": LONG_PRETRAINED_SHARE,
         "extended": EXTENDED_PRETRAINED_SHARE,
         "short": SHORT_PRETRAINED_SHARE,
+        "large": LARGE_PRETRAINED_SHARE,
     }[family]
     pretrained = r.random() < shares[kind]
     if kind == "attention" and pretrained and r.random() < 0.5:
@@ -324,10 +344,13 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
             fields["batch_size"] = r.choice([16, 32, 64])
         elif kind == "attention":
             fields["depth"] = r.choice([2, 4, 4, 6])
+    if family == "large":
+        _draw_large(r, fields)
     if family != "" and pretrained:
         fields["epochs"] = _log_uniform(r, 1, 4)
         fields["num_upstream"] = 8000
-        fields["upstream_steps"] = int(_log_uniform(r, *((300, 700) if family == "short" else (500, 2400))))
+        upstream_steps = (300, 700) if family in ("short", "large") else (500, 2400)
+        fields["upstream_steps"] = int(_log_uniform(r, *upstream_steps))
         fields["upstream_same"] = r.random() < 0.6
         fields["head_std"] = r.choice([0.0, 0.02])
     elif pretrained:
@@ -338,6 +361,36 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         fields["damaged"] = True
         fields["damage_scale"] = r.choice([0.0, 0.0, 3.0])
     return fields
+
+
+def _draw_large(r: random.Random, fields: dict[str, Any]) -> None:
+    """Makes a model wide and deep; one without normalisation has skip connections, or it would not train at all."""
+    fields["num_training_steps"] = int(_log_uniform(r, LARGE_MIN_STEPS, LARGE_MAX_STEPS))
+    fields["epochs"] = _log_uniform(r, 1, 20)
+    fields["batch_size"] = r.choice([16, 32, 64])
+    if fields["data"] == "images":  # hard enough to keep so large a model busy
+        fields["noise"], fields["modes"] = _log_uniform(r, 0.5, 2.0), r.choice([1, 2, 4])
+    if fields["kind"] == "mlp":
+        fields["depth"] = r.choice([2, 3, 4, 6, 8, 12])
+        fields["hidden"] = int(_log_uniform(r, 64, 512))
+        fields["hidden"] = min(fields["hidden"], int(math.sqrt(LARGE_MAX_WEIGHTS / (fields["depth"] - 1))))
+        fields["batch_norm"] = r.random() < 0.5
+        fields["layer_norm"] = not fields["batch_norm"] and r.random() < 0.4
+        normalised = fields["batch_norm"] or fields["layer_norm"]
+        fields["residual"] = fields["depth"] >= 3 and (r.random() < 0.7 or not normalised)
+        fields["batch_size"] = r.choice([16, 32, 64, 128])
+    elif fields["kind"] == "conv":
+        fields["depth"] = r.choice([5, 6, 7, 8, 10, 12])
+        fields["hidden"] = int(_log_uniform(r, 8, 32))
+        fields["image_size"] = 12 if fields["data"] == "images" else fields.get("image_size", 8)
+        fields["num_classes"] = r.choice([4, 5, 10])
+        fields["batch_norm"] = r.random() < 0.8
+        fields["residual"] = r.random() < 0.75 or not fields["batch_norm"]
+        fields["pool"], fields["activation"] = "mean", r.choice(["relu", "relu", "gelu"])
+    else:
+        fields["hidden"] = r.choice([64, 96, 128])
+        fields["embedding_dim"], fields["heads"], fields["depth"] = fields["hidden"], 4, r.choice([4, 6, 8, 12])
+        fields["batch_size"] = r.choice([8, 16, 32])
 
 
 def _draw_model(r: random.Random, fields: dict[str, Any]) -> None:
@@ -394,6 +447,11 @@ def _draw_details(r: random.Random, fields: dict[str, Any]) -> None:
         fields["unused_tokens"] = min(600, round(fields["vocabulary"] * r.uniform(0.5, 3)))
 
 
+def pool_period(depth: int) -> int:
+    """Convolutions from one halving of an image to the next: every second one in shallow nets, three in all in deep ones."""
+    return 2 if depth <= 6 else math.ceil(depth / 3)
+
+
 def estimate_cost(spec: TaskSpec) -> float:
     """
     Rough seconds of one CPU core for one run of 64 members with averaging: multiply-adds, activations and weights
@@ -413,7 +471,7 @@ def estimate_cost(spec: TaskSpec) -> float:
             products += 9 * channels * outputs * size**2
             activations += outputs * size**2 * (4 + 2 * spec.batch_norm)
             weights += 9 * channels * outputs
-            channels, size = outputs, size // 2 if layer % 2 == 0 else size
+            channels, size = outputs, size // 2 if layer % pool_period(d) == 0 else size
     else:
         tokens = spec.data in ("topics", "sequence")
         length = spec.length if tokens else (16 if spec.kind == "attention" else 8)

@@ -33,7 +33,7 @@ from .bank import Group, fill_bank, group_path, load_group, load_stored
 from .evaluation import evaluate_held_out, init_worker
 from .population import GRID_SIZE
 from .rollout import rollout
-from .spec import EXTENDED_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
+from .spec import EXTENDED_SEED, LARGE_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
 
 
 _HUBER_WEIGHT = 0.03
@@ -44,7 +44,7 @@ _BEYOND_GRID = 0.1
 _CONFIGURATION = "config.json"
 _STATE_FILE = re.compile(r"round(\d+)-(\d+)\.pt")
 # What a configuration calls the parts of the population
-_PARTS = {"": "standard", "long": "long", "extended": "extended", "short": "short"}
+_PARTS = {"": "standard", "long": "long", "extended": "extended", "short": "short", "large": "large"}
 
 
 @dataclass
@@ -60,8 +60,9 @@ class MetaTrainingConfig:
             much. The held-out ones are judged in a table of their own.
         num_extended_groups, num_held_out_extended_groups (`int`): The same for groups of many epochs.
         num_short_groups, num_held_out_short_groups (`int`): The same for groups of a few dozen steps.
-        num_tasks, num_long_tasks (`int`): Tasks of a group, which share shapes but not data and initial weights; the
-            second one is for all but the first kind of groups.
+        num_large_groups, num_held_out_large_groups (`int`): The same for groups of wide and deep models.
+        num_tasks, num_long_tasks, num_large_tasks (`int`): Tasks of a group, which share shapes but not data and initial
+            weights; the last one is for wide and deep models, the second one for all other kinds of groups but the first.
         num_members (`int`): Runs of each task in a round.
         num_rounds (`int`): Rounds of data aggregation, the first one without a network, or with the first of
             `earlier_networks`.
@@ -75,15 +76,17 @@ class MetaTrainingConfig:
         feature_noise (`dict[str, float]`): Standard deviation of further noise on single features in the regression. Those
             that hardly vary within a group tell groups apart, and invite learning them by heart.
         feature_dropout (`float`): Probability that a feature is 0 in the regression.
+        part_weights (`dict[str, float]`): Factor on the weight of the states of each part of the population in the
+            regression and the distillation: `standard`, `long`, `extended`, `short`, `large`. Default: 1.
         states_from (`list[str]`): Output folders of earlier runs, whose states and networks count as well.
         num_distillation_iterations (`int`): Steps of the distillation.
         earlier_networks (`list[str]`): Folders of networks of an earlier meta-training, one for each of `hidden_sizes`.
             The distillation starts from them, and keeps what they say on those parts of the population that
             `earlier_shares` names, so that something is learnt without losing the rest.
         earlier_shares (`dict[str, float]`): Weight, from 0 to 1, of the earlier network's word beside the mean of the
-            others on the states of each part: `standard`, `long`, `extended`, `short`. Default: 0.5.
-        max_cost, max_long_cost, max_extended_cost, max_short_cost (`float`, *optional*): Groups whose grid would take
-            more seconds than about this are made shorter.
+            others on the states of each part: `standard`, `long`, `extended`, `short`, `large`. Default: 0.5.
+        max_cost, max_long_cost, max_extended_cost, max_short_cost, max_large_cost (`float`, *optional*): Groups whose grid
+            would take more seconds than about this with four tasks are made shorter.
         num_workers (`int`): Processes.
         seed (`int`): Groups are drawn from seeds `seed`, `seed + 1`, ...; the held-out ones come first.
     """
@@ -97,8 +100,11 @@ class MetaTrainingConfig:
     num_held_out_extended_groups: int = 0
     num_short_groups: int = 0
     num_held_out_short_groups: int = 0
+    num_large_groups: int = 0
+    num_held_out_large_groups: int = 0
     num_tasks: int = 4
     num_long_tasks: int = 2
+    num_large_tasks: int = 1
     num_members: int = 6
     num_rounds: int = 4
     num_iterations: int = 6000
@@ -108,6 +114,7 @@ class MetaTrainingConfig:
     ensemble: list[dict[str, Any]] = field(default_factory=list)
     feature_noise: dict[str, float] = field(default_factory=dict)
     feature_dropout: float = 0.0
+    part_weights: dict[str, float] = field(default_factory=dict)
     states_from: list[str] = field(default_factory=list)
     num_distillation_iterations: int = 10_000
     earlier_networks: list[str] = field(default_factory=list)
@@ -116,6 +123,7 @@ class MetaTrainingConfig:
     max_long_cost: float | None = 16.0
     max_extended_cost: float | None = 24.0
     max_short_cost: float | None = 3.0
+    max_large_cost: float | None = 60.0
     num_workers: int = 2
     seed: int = 0
 
@@ -125,6 +133,7 @@ class MetaTrainingConfig:
             "num_held_out_groups",
             "num_tasks",
             "num_long_tasks",
+            "num_large_tasks",
             "num_members",
             "num_rounds",
             "num_iterations",
@@ -135,7 +144,7 @@ class MetaTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(name, value, "must be a whole number of at least 1.", "Correct the configuration.")
-        for name in ("max_cost", "max_long_cost", "max_extended_cost", "max_short_cost"):
+        for name in ("max_cost", "max_long_cost", "max_extended_cost", "max_short_cost", "max_large_cost"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(name, value, "must be at least 1, to leave every kind of task.", "Raise it.")
@@ -176,10 +185,12 @@ class MetaTrainingConfig:
             if found != tuple(sizes):
                 rule = f"has layers of {found}, and its place among hidden_sizes is that of {tuple(sizes)}."
                 raise InputError("earlier_networks", folder, rule, "Give them in the order of hidden_sizes.")
-        for part, share in self.earlier_shares.items():
-            if part not in _PARTS.values() or type(share) not in (int, float) or not 0 <= share <= 1:
-                rule = f"must give a number from 0 to 1 for some of {', '.join(_PARTS.values())}."
-                raise InputError("earlier_shares", {part: share}, rule, "Correct the configuration.")
+        for name, most in (("earlier_shares", 1), ("part_weights", math.inf)):
+            for part, value in getattr(self, name).items():
+                if part not in _PARTS.values() or type(value) not in (int, float) or not 0 <= value <= most:
+                    bound = "a number from 0 to 1" if most == 1 else "a number of at least 0"
+                    rule = f"must give {bound} for some of {', '.join(_PARTS.values())}."
+                    raise InputError(name, {part: value}, rule, "Correct the configuration.")
         for name in (
             "num_long_groups",
             "num_held_out_long_groups",
@@ -187,6 +198,8 @@ class MetaTrainingConfig:
             "num_held_out_extended_groups",
             "num_short_groups",
             "num_held_out_short_groups",
+            "num_large_groups",
+            "num_held_out_large_groups",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -212,6 +225,7 @@ class MetaTrainingConfig:
             "long": (LONG_SEED, self.num_held_out_long_groups),
             "extended": (EXTENDED_SEED, self.num_held_out_extended_groups),
             "short": (SHORT_SEED, self.num_held_out_short_groups),
+            "large": (LARGE_SEED, self.num_held_out_large_groups),
         }
         return {family: range(start + self.seed, start + self.seed + n) for family, (start, n) in sizes.items()}
 
@@ -222,6 +236,7 @@ class MetaTrainingConfig:
             "long": self.num_long_groups,
             "extended": self.num_extended_groups,
             "short": self.num_short_groups,
+            "large": self.num_large_groups,
         }
 
     @property
@@ -236,6 +251,7 @@ class MetaTrainingConfig:
             "long": (self.num_long_tasks, self.max_long_cost),
             "extended": (self.num_long_tasks, self.max_extended_cost),
             "short": (self.num_long_tasks, self.max_short_cost),
+            "large": (self.num_large_tasks, self.max_large_cost),
         }[family_of(seed)]
 
 
@@ -561,6 +577,8 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
         groups += f", {config.num_extended_groups} groups of {config.num_long_tasks} with many epochs"
     if config.num_short_groups:
         groups += f", {config.num_short_groups} groups of {config.num_long_tasks} shorter ones"
+    if config.num_large_groups:
+        groups += f", {config.num_large_groups} groups of {config.num_large_tasks} wide and deep ones"
     training = (
         f"{groups} (population version {POPULATION_VERSION}; synthetic, but for scikit-learn's digits in nearly a fifth of the "
         f"groups), {config.num_rounds} round{'s' if config.num_rounds > 1 else ''} of data aggregation with "
@@ -580,7 +598,13 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
             )
         )
     measured = "Regret (0: the best of 16 peak rates with linear decay, 1: a uniform guess) from 16 initial rates over 4.5 decades."
-    kinds = {"": "", "long": " of longer runs", "extended": " of many epochs", "short": " of few steps"}
+    kinds = {
+        "": "",
+        "long": " of longer runs",
+        "extended": " of many epochs",
+        "short": " of few steps",
+        "large": " of wide and deep models",
+    }
     for family, table in tables.items():
         measured += f" On {table['num_tasks']} held-out tasks{kinds[family]}: {_measured(table)}"
     return {"training": training, "measured": measured}
@@ -608,12 +632,25 @@ def _state_files(config: MetaTrainingConfig, first_round: int) -> list[Path]:
     ]
 
 
+def _part_of(path: Path) -> str:
+    """The part of the population that a file of states is of."""
+    return _PARTS[family_of(int(_STATE_FILE.fullmatch(path.name)[2]))]
+
+
+def _weighted_states(config: MetaTrainingConfig, paths: Sequence[Path]) -> States:
+    """The states of several files, each part with its weight."""
+    parts = [States.load([path]) for path in paths]
+    for path, states in zip(paths, parts, strict=True):
+        states.weights = states.weights * float(config.part_weights.get(_part_of(path), 1.0))
+    return States.join(parts)
+
+
 def _earlier_shares(config: MetaTrainingConfig, paths: Sequence[Path]) -> Tensor:
     """Weight of the earlier networks at each state of these files."""
     shares = []
     for path in paths:
-        part = _PARTS[family_of(int(_STATE_FILE.fullmatch(path.name)[2]))]
-        shares.append(torch.full((len(States.load([path]).weights),), float(config.earlier_shares.get(part, 0.5))))
+        share = float(config.earlier_shares.get(_part_of(path), 0.5))
+        shares.append(torch.full((len(States.load([path]).weights),), share))
     return torch.cat(shares)
 
 
@@ -637,7 +674,7 @@ def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, 
             torch.manual_seed(member["seed"])
             network = MetaLRNetwork(member["hidden_sizes"])
             fit(
-                network, States.load(_state_files(config, 0)), member["num_iterations"], config.batch_size, config.learning_rate,
+                network, _weighted_states(config, _state_files(config, 0)), member["num_iterations"], config.batch_size, config.learning_rate,
                 member["seed"], **config.noise_of(member),
             )  # fmt: skip
             network.save_pretrained(folder)
@@ -654,7 +691,7 @@ def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, 
             # What was visited without a network is left out: no network will come there again.
             paths = _state_files(config, 0 if config.earlier_networks else 1)
             distill(
-                network, [MetaLRNetwork.from_pretrained(str(path)) for path in teachers], States.load(paths),
+                network, [MetaLRNetwork.from_pretrained(str(path)) for path in teachers], _weighted_states(config, paths),
                 config.num_distillation_iterations, config.batch_size, config.learning_rate, config.seed,
                 earlier, _earlier_shares(config, paths),
             )  # fmt: skip
@@ -670,7 +707,7 @@ def _fit_round(
     folders = [_network_folder(config, round_index, sizes) for sizes in all_sizes]
     if not all((folder / "config.json").exists() for folder in folders):
         paths = [path for r in range(round_index + 1) for path in sorted(visited.glob(f"round{r}-*.pt"))]
-        states = States.load(paths)
+        states = _weighted_states(config, paths)
         for sizes, folder in zip(all_sizes, folders, strict=True):
             torch.manual_seed(config.seed)
             network = MetaLRNetwork(sizes)

@@ -213,6 +213,7 @@ def test_large_groups_are_wide_or_deep() -> None:
     assert all(spec.hidden >= 64 for spec in specs if spec.kind == "attention")
     deep = [spec for spec in specs if spec.depth >= 3 and not (spec.batch_norm or spec.layer_norm)]
     assert all(spec.residual for spec in deep)
+    assert not any(spec.residual and spec.batch_norm for spec in specs if spec.kind == "mlp")
     assert sum(s.kind == "conv" and s.batch_norm and s.optimizer.startswith("sgd") for s in specs) >= 20
 
 

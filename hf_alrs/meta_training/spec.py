@@ -243,8 +243,9 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     family = family_of(seed)
-    optimizers = SHORT_CONV_OPTIMIZERS if family == "short" and kind == "conv" else OPTIMIZERS
-    optimizers = LARGE_OPTIMIZERS if family == "large" else optimizers
+    optimizers = LARGE_OPTIMIZERS if family == "large" else OPTIMIZERS
+    if family == "short" and kind == "conv":
+        optimizers = SHORT_CONV_OPTIMIZERS
     optimizer = r.choices(list(optimizers), list(optimizers.values()))[0]
     shares = {
         "": PRETRAINED_SHARE,
@@ -376,10 +377,10 @@ def _draw_large(r: random.Random, fields: dict[str, Any]) -> None:
         fields["hidden"] = min(fields["hidden"], int(math.sqrt(LARGE_MAX_WEIGHTS / (fields["depth"] - 1))))
         fields["batch_norm"] = r.random() < 0.5
         fields["layer_norm"] = not fields["batch_norm"] and r.random() < 0.4
-        normalised = fields["batch_norm"] or fields["layer_norm"]
-        fields["residual"] = fields["depth"] >= 3 and (r.random() < 0.7 or not normalised)
-        # Nearly a third of such regret curves have two minima with a hill between them, and no rate is the one to go to.
-        fields["residual"] = fields["residual"] and not fields["batch_norm"]
+        # With batch-norm as well, nearly a third of the regret curves have two minima with a hill between them, and no rate is
+        # the one to go to.
+        skips = fields["depth"] >= 3 and (r.random() < 0.7 or not fields["layer_norm"])
+        fields["residual"] = skips and not fields["batch_norm"]
         fields["batch_size"] = r.choice([16, 32, 64, 128])
     elif fields["kind"] == "conv":
         fields["depth"] = r.choice([5, 6, 7, 8, 10, 12])

@@ -217,6 +217,22 @@ def test_large_groups_are_wide_or_deep() -> None:
     assert sum(s.kind == "conv" and s.batch_norm and s.optimizer.startswith("sgd") for s in specs) >= 20
 
 
+def test_brief_groups_are_large_ones_in_few_steps() -> None:
+    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_brief_groups=2,
+                                num_held_out_brief_groups=1, seed=5)  # fmt: skip
+    assert list(config.held_out_seeds["brief"]) == [500_005]
+    assert config.train_seeds == [6, 500_006, 500_007]
+    assert config.size_of(500_006) == (1, 40.0)
+    specs = [sample_spec(seed, 40.0) for seed in range(500_000, 500_200)]
+    assert 20 <= min(spec.num_training_steps for spec in specs) <= 22
+    assert max(spec.num_training_steps for spec in specs) <= 80
+    conv = [spec for spec in specs if spec.kind == "conv"]
+    assert all((spec.depth >= 14) == bool(spec.seed % 2) for spec in conv)
+    assert min(spec.hidden for spec in conv) >= 16 and max(spec.hidden for spec in conv) > 48
+    assert sum(spec.batch_norm and spec.optimizer.startswith("sgd") for spec in conv) >= 40
+    assert not any(spec.data == "sequence" and not spec.pretrained for spec in specs)
+
+
 @pytest.mark.parametrize(("depth", "size"), [(4, 12), (6, 8), (7, 8), (12, 12)])
 def test_deep_conv_nets_halve_their_images_three_times_in_all(depth: int, size: int) -> None:
     spec = TaskSpec(seed=0, kind="conv", data="images", num_training_steps=2, batch_size=4, num_examples=8,
@@ -353,9 +369,9 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
     for line, match in (
         ("earlier_networks: [nowhere]", "earlier_networks='nowhere'"),
         ("earlier_shares: {short: 2}", r"earlier_shares=\{'short': 2\}.*from 0 to 1"),
-        ("earlier_shares: {brief: 0.5}", "standard, long, extended, short, large"),
+        ("earlier_shares: {quick: 0.5}", "standard, long, extended, short, large, brief"),
         ("part_weights: {large: -1}", r"part_weights=\{'large': -1\}.*at least 0"),
-        ("part_weights: {wide: 2}", "part_weights=.*standard, long, extended, short, large"),
+        ("part_weights: {wide: 2}", "part_weights=.*standard, long, extended, short, large, brief"),
         ("batch_size: 0", "batch_size=0"),
         ("num_distillation_iterations: 0", "num_distillation_iterations=0"),
         ("num_workers: 0", "num_workers=0"),

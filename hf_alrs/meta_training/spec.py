@@ -10,7 +10,7 @@ from typing import Any
 from ..config import InputError
 
 
-POPULATION_VERSION = 6
+POPULATION_VERSION = 7
 
 # Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
 NUM_CONTROLLER, NUM_EVAL = 128, 256
@@ -56,6 +56,12 @@ LARGE_PRETRAINED_SHARE = {"mlp": 0.1, "conv": 0.1, "attention": 0.7}
 LARGE_OPTIMIZERS = {"adam": 0.2, "adamw": 0.15, "sgdm": 0.3, "sgd": 0.35}
 # Weights of the hidden layers of an MLP: each of them is moved once a step
 LARGE_MAX_WEIGHTS = 600_000
+# Seeds from here on draw wide and deep models in a few dozen steps, wider still: what is right for them later in a long run ruins
+# such a run. A network that knew the one and not the other drove ResNet-18 far too fast.
+BRIEF_SEED = 500_000
+BRIEF_KINDS = {"mlp": 0.2, "conv": 0.6, "attention": 0.2}
+BRIEF_MIN_STEPS, BRIEF_MAX_STEPS = 20, 80
+BRIEF_PRETRAINED_SHARE = {"mlp": 0.0, "conv": 0.0, "attention": 0.5}
 
 
 @dataclass(frozen=True)
@@ -170,8 +176,14 @@ class TaskSpec:
 
 
 def family_of(seed: int) -> str:
-    """Which part of the population a seed draws from: `""`, `"long"`, `"extended"`, `"short"` or `"large"`."""
-    starts = {"large": LARGE_SEED, "short": SHORT_SEED, "extended": EXTENDED_SEED, "long": LONG_SEED}
+    """Which part of the population a seed draws from: `""`, `"long"`, `"extended"`, `"short"`, `"large"` or `"brief"`."""
+    starts = {
+        "brief": BRIEF_SEED,
+        "large": LARGE_SEED,
+        "short": SHORT_SEED,
+        "extended": EXTENDED_SEED,
+        "long": LONG_SEED,
+    }
     return next((family for family, start in starts.items() if seed >= start), "")
 
 
@@ -182,7 +194,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
     Args:
         seed (`int`): The same seed and `max_cost` always give the same spec. Seeds from 100,000 on give long runs,
             most of them from pretrained weights; those from 200,000 on give many epochs, those from 300,000 on a few
-            dozen steps, and those from 400,000 on wide and deep models.
+            dozen steps, those from 400,000 on wide and deep models, and those from 500,000 on the same in a few dozen steps.
         max_cost (`float`, *optional*):
             Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
             gets narrower, unless it is to be wide; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
@@ -197,10 +209,14 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
         "extended": EXTENDED_KINDS,
         "short": SHORT_KINDS,
         "large": LARGE_KINDS,
+        "brief": BRIEF_KINDS,
     }[family]
-    fewest_steps = {"extended": EXTENDED_MIN_STEPS, "short": SHORT_MIN_STEPS, "large": LARGE_MIN_STEPS}.get(
-        family, MIN_STEPS
-    )
+    fewest_steps = {
+        "extended": EXTENDED_MIN_STEPS,
+        "short": SHORT_MIN_STEPS,
+        "large": LARGE_MIN_STEPS,
+        "brief": BRIEF_MIN_STEPS,
+    }.get(family, MIN_STEPS)
     kind = r.choices(list(kinds), list(kinds.values()))[0]
     for _ in range(1000):
         fields = _draw(r, seed, kind)
@@ -208,7 +224,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
         if max_cost is None:
             return _with_examples(fields)
         for change in ({}, {"batch_size": 8}, {"hidden": 16, "embedding_dim": 16, "feedforward": 2, "heads": 2}):
-            if "hidden" in change and (kind != "attention" or family == "large"):
+            if "hidden" in change and (kind != "attention" or family in ("large", "brief")):
                 continue
             fields.update(change)
             cost = estimate_cost(_with_examples(fields))
@@ -243,7 +259,7 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     family = family_of(seed)
-    optimizers = LARGE_OPTIMIZERS if family == "large" else OPTIMIZERS
+    optimizers = LARGE_OPTIMIZERS if family in ("large", "brief") else OPTIMIZERS
     if family == "short" and kind == "conv":
         optimizers = SHORT_CONV_OPTIMIZERS
     optimizer = r.choices(list(optimizers), list(optimizers.values()))[0]
@@ -253,6 +269,7 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         "extended": EXTENDED_PRETRAINED_SHARE,
         "short": SHORT_PRETRAINED_SHARE,
         "large": LARGE_PRETRAINED_SHARE,
+        "brief": BRIEF_PRETRAINED_SHARE,
     }[family]
     pretrained = r.random() < shares[kind]
     if kind == "attention" and pretrained and r.random() < 0.5:
@@ -266,7 +283,7 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     }[kind]
     if kind == "mlp" and data == "topics":
         data = "teacher"  # an MLP on tokens is an embedding bag
-    if family == "short" and data == "sequence" and not pretrained:
+    if family in ("short", "brief") and data == "sequence" and not pretrained:
         data = "topics"  # no order of tokens is learnt from scratch in so few steps
     tokens = data in ("topics", "sequence")
     fields: dict[str, Any] = {
@@ -345,12 +362,19 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
             fields["batch_size"] = r.choice([16, 32, 64])
         elif kind == "attention":
             fields["depth"] = r.choice([2, 4, 4, 6])
-    if family == "large":
+    if family in ("large", "brief"):
         _draw_large(r, fields)
+    if family == "brief":
+        fields["num_training_steps"] = int(_log_uniform(r, BRIEF_MIN_STEPS, BRIEF_MAX_STEPS))
+        fields["epochs"] = _log_uniform(r, 1, 4)
+        if kind == "conv":
+            fields["hidden"] = int(_log_uniform(r, 16, 64))
+            if seed % 2:  # as deep as ResNet-18: the deeper, the more the best update shrinks in so few steps
+                fields["depth"], fields["residual"] = r.choice([14, 16, 18, 20]), True
     if family != "" and pretrained:
         fields["epochs"] = _log_uniform(r, 1, 4)
         fields["num_upstream"] = 8000
-        upstream_steps = (300, 700) if family in ("short", "large") else (500, 2400)
+        upstream_steps = (300, 700) if family in ("short", "large", "brief") else (500, 2400)
         fields["upstream_steps"] = int(_log_uniform(r, *upstream_steps))
         fields["upstream_same"] = r.random() < 0.6
         fields["head_std"] = r.choice([0.0, 0.02])

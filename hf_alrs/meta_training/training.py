@@ -33,7 +33,7 @@ from .bank import Group, fill_bank, group_path, load_group, load_stored
 from .evaluation import evaluate_held_out, init_worker
 from .population import GRID_SIZE
 from .rollout import rollout
-from .spec import EXTENDED_SEED, LARGE_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
+from .spec import BRIEF_SEED, EXTENDED_SEED, LARGE_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
 
 
 _HUBER_WEIGHT = 0.03
@@ -44,7 +44,7 @@ _BEYOND_GRID = 0.1
 _CONFIGURATION = "config.json"
 _STATE_FILE = re.compile(r"round(\d+)-(\d+)\.pt")
 # What a configuration calls the parts of the population
-_PARTS = {"": "standard", "long": "long", "extended": "extended", "short": "short", "large": "large"}
+_PARTS = {"": "standard"} | {name: name for name in ("long", "extended", "short", "large", "brief")}
 
 
 @dataclass
@@ -61,8 +61,10 @@ class MetaTrainingConfig:
         num_extended_groups, num_held_out_extended_groups (`int`): The same for groups of many epochs.
         num_short_groups, num_held_out_short_groups (`int`): The same for groups of a few dozen steps.
         num_large_groups, num_held_out_large_groups (`int`): The same for groups of wide and deep models.
+        num_brief_groups, num_held_out_brief_groups (`int`): The same for groups of wide and deep models in a few dozen steps.
         num_tasks, num_long_tasks, num_large_tasks (`int`): Tasks of a group, which share shapes but not data and initial
-            weights; the last one is for wide and deep models, the second one for all other kinds of groups but the first.
+            weights; the last one is for wide and deep models, in a few dozen steps as well, the second one for all other kinds
+            of groups but the first.
         num_members (`int`): Runs of each task in a round.
         num_rounds (`int`): Rounds of data aggregation, the first one without a network, or with the first of
             `earlier_networks`.
@@ -77,16 +79,16 @@ class MetaTrainingConfig:
             that hardly vary within a group tell groups apart, and invite learning them by heart.
         feature_dropout (`float`): Probability that a feature is 0 in the regression.
         part_weights (`dict[str, float]`): Factor on the weight of the states of each part of the population in the
-            regression and the distillation: `standard`, `long`, `extended`, `short`, `large`. Default: 1.
+            regression and the distillation: `standard`, `long`, `extended`, `short`, `large`, `brief`. Default: 1.
         states_from (`list[str]`): Output folders of earlier runs, whose states and networks count as well.
         num_distillation_iterations (`int`): Steps of the distillation.
         earlier_networks (`list[str]`): Folders of networks of an earlier meta-training, one for each of `hidden_sizes`.
             The distillation starts from them, and keeps what they say on those parts of the population that
             `earlier_shares` names, so that something is learnt without losing the rest.
         earlier_shares (`dict[str, float]`): Weight, from 0 to 1, of the earlier network's word beside the mean of the
-            others on the states of each part: `standard`, `long`, `extended`, `short`, `large`. Default: 0.5.
-        max_cost, max_long_cost, max_extended_cost, max_short_cost, max_large_cost (`float`, *optional*): Groups whose grid
-            would take more seconds than about this with four tasks are made shorter.
+            others on the states of each part: `standard`, `long`, `extended`, `short`, `large`, `brief`. Default: 0.5.
+        max_cost, max_long_cost, max_extended_cost, max_short_cost, max_large_cost, max_brief_cost (`float`, *optional*): Groups
+            whose grid would take more seconds than about this with four tasks are made shorter.
         num_workers (`int`): Processes.
         seed (`int`): Groups are drawn from seeds `seed`, `seed + 1`, ...; the held-out ones come first.
     """
@@ -102,6 +104,8 @@ class MetaTrainingConfig:
     num_held_out_short_groups: int = 0
     num_large_groups: int = 0
     num_held_out_large_groups: int = 0
+    num_brief_groups: int = 0
+    num_held_out_brief_groups: int = 0
     num_tasks: int = 4
     num_long_tasks: int = 2
     num_large_tasks: int = 1
@@ -124,6 +128,7 @@ class MetaTrainingConfig:
     max_extended_cost: float | None = 24.0
     max_short_cost: float | None = 3.0
     max_large_cost: float | None = 60.0
+    max_brief_cost: float | None = 40.0
     num_workers: int = 2
     seed: int = 0
 
@@ -144,7 +149,14 @@ class MetaTrainingConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(name, value, "must be a whole number of at least 1.", "Correct the configuration.")
-        for name in ("max_cost", "max_long_cost", "max_extended_cost", "max_short_cost", "max_large_cost"):
+        for name in (
+            "max_cost",
+            "max_long_cost",
+            "max_extended_cost",
+            "max_short_cost",
+            "max_large_cost",
+            "max_brief_cost",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(name, value, "must be at least 1, to leave every kind of task.", "Raise it.")
@@ -200,6 +212,8 @@ class MetaTrainingConfig:
             "num_held_out_short_groups",
             "num_large_groups",
             "num_held_out_large_groups",
+            "num_brief_groups",
+            "num_held_out_brief_groups",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -226,6 +240,7 @@ class MetaTrainingConfig:
             "extended": (EXTENDED_SEED, self.num_held_out_extended_groups),
             "short": (SHORT_SEED, self.num_held_out_short_groups),
             "large": (LARGE_SEED, self.num_held_out_large_groups),
+            "brief": (BRIEF_SEED, self.num_held_out_brief_groups),
         }
         return {family: range(start + self.seed, start + self.seed + n) for family, (start, n) in sizes.items()}
 
@@ -237,6 +252,7 @@ class MetaTrainingConfig:
             "extended": self.num_extended_groups,
             "short": self.num_short_groups,
             "large": self.num_large_groups,
+            "brief": self.num_brief_groups,
         }
 
     @property
@@ -252,6 +268,7 @@ class MetaTrainingConfig:
             "extended": (self.num_long_tasks, self.max_extended_cost),
             "short": (self.num_long_tasks, self.max_short_cost),
             "large": (self.num_large_tasks, self.max_large_cost),
+            "brief": (self.num_large_tasks, self.max_brief_cost),
         }[family_of(seed)]
 
 
@@ -579,6 +596,10 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
         groups += f", {config.num_short_groups} groups of {config.num_long_tasks} shorter ones"
     if config.num_large_groups:
         groups += f", {config.num_large_groups} groups of {config.num_large_tasks} wide and deep ones"
+    if config.num_brief_groups:
+        groups += (
+            f", {config.num_brief_groups} groups of {config.num_large_tasks} wide and deep ones in a few dozen steps"
+        )
     training = (
         f"{groups} (population version {POPULATION_VERSION}; synthetic, but for scikit-learn's digits in nearly a fifth of the "
         f"groups), {config.num_rounds} round{'s' if config.num_rounds > 1 else ''} of data aggregation with "
@@ -604,6 +625,7 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
         "extended": " of many epochs",
         "short": " of few steps",
         "large": " of wide and deep models",
+        "brief": " of wide and deep models in few steps",
     }
     for family, table in tables.items():
         measured += f" On {table['num_tasks']} held-out tasks{kinds[family]}: {_measured(table)}"

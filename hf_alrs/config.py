@@ -141,7 +141,13 @@ class ALRSConfig:
     max_log_change: float = field(default=0.7, metadata={"help": "Largest change of ln(rate) at a decision."})
     max_first_rise: float = field(default=6.0, metadata={"help": "Largest rise of ln(rate) at the first decision."})
     max_first_fall: float = field(default=6.0, metadata={"help": "Largest fall of ln(rate) at the first decision."})
-    gain: float = field(default=0.25, metadata={"help": "Share of the network's correction made at a decision."})
+    gain: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the network's correction made at a decision. Default: 0.5; with probes, after which the network "
+            "knows less, 0.25."
+        },
+    )
 
     # Averaging: costs one copy of the trained weights
     average_weights: bool = field(
@@ -269,7 +275,7 @@ class ALRSConfig:
             value = getattr(self, name)
             self._check(
                 name,
-                _is_finite(value) and value > 0,
+                (_is_finite(value) and value > 0) or (name == "gain" and value is None),
                 "must be a finite number above 0.",
                 "Leave it out for the default.",
             )
@@ -300,6 +306,13 @@ class ALRSConfig:
         if self.decision_interval is not None:
             return self.decision_interval
         return 0.0125 if self.probes else 0.02
+
+    @property
+    def share_of_correction(self) -> float:
+        """`gain`, with its default resolved."""
+        if self.gain is not None:
+            return self.gain
+        return 0.25 if self.probes else 0.5
 
     def final_ratio(self, num_training_steps: int) -> float:
         """

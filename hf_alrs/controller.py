@@ -47,7 +47,7 @@ from .network import MetaLRNetwork, load_network
 
 
 # Runs that were driven by another version of the control law and its defaults have other outcomes.
-CONTROL_VERSION = 3
+CONTROL_VERSION = 4
 
 # The last one is not part of a healthy run: a plain linear decay after repeated trouble.
 GATHER, FIT, DRIVE, FALLBACK = "gather", "fit", "drive", "fallback"
@@ -141,7 +141,7 @@ def control(
     """
     jump = decision_count == jump_decision
     waiting = decision_count < jump_decision
-    step = clip(config.gain * correction, -config.max_log_change, config.max_log_change)
+    step = clip(config.share_of_correction * correction, -config.max_log_change, config.max_log_change)
     change = where(jump, clip(correction, -config.max_first_fall, config.max_first_rise), step)
     change = where(waiting, 0.0, change)
     change = where(finite, change, _DIVERGED_CHANGE)

@@ -99,7 +99,7 @@ def test_the_shares_make_weights_count_as_a_power_of_their_number() -> None:
 
 @pytest.mark.parametrize(
     ("num_training_steps", "interval"),
-    [(1, 1), (255, 1), (256, 1), (257, 2), (512, 2), (513, 3), (2560, 10), (100_000, 391)],
+    [(1, 1), (127, 1), (128, 1), (129, 2), (256, 2), (257, 3), (1280, 10), (100_000, 782)],
 )
 def test_updates_come_at_intervals(num_training_steps: int, interval: int) -> None:
     assert update_interval(num_training_steps) == interval

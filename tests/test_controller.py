@@ -106,8 +106,8 @@ def test_phases_come_in_order_and_gather_keeps_the_rate() -> None:
 def test_the_network_is_asked_at_every_decision() -> None:
     run = Run(make_controller(network_saying(0.5))).to(T)
     assert [decision.correction for decision in run.decisions.values()] == pytest.approx([0.5] * 19)
-    # one jump of 0.5, then a quarter of 0.5 each time
-    assert run.multipliers == pytest.approx([0.0, 0.5, *(0.5 + 0.125 * i for i in range(1, 18))])
+    # one jump of 0.5, then half of 0.5 each time
+    assert run.multipliers == pytest.approx([0.0, 0.5, *(0.5 + 0.25 * i for i in range(1, 18))])
 
 
 def test_phase1_counts_in_steps_or_as_a_fraction() -> None:
@@ -120,7 +120,7 @@ def test_phase1_counts_in_steps_or_as_a_fraction() -> None:
 # Bounds
 
 
-@pytest.mark.parametrize(("says", "jump", "then"), [(5.9, 5.9, 0.7), (-5.9, -5.9, -0.7), (2.0, 2.0, 0.5)])
+@pytest.mark.parametrize(("says", "jump", "then"), [(5.9, 5.9, 0.7), (-5.9, -5.9, -0.7), (1.2, 1.2, 0.6)])
 def test_changes_are_bounded(says: float, jump: float, then: float) -> None:
     run = Run(make_controller(network_saying(says), max_lr=1e30)).to(20)
     assert run.multipliers == pytest.approx([0.0, jump, jump + then, jump + 2 * then], abs=1e-4)
@@ -170,8 +170,8 @@ def test_an_initial_rate_out_of_bounds_is_cut() -> None:
 )
 def test_the_rate_decays_along_a_line(changed: dict[str, Any], end: float) -> None:
     """From the peak to `end` times it: the last step is at one step of the line above `end`, and after it the rate is 0."""
-    rates = Run(make_controller(network_saying(1.0), **changed)).to(T).rates
-    multiplier = 1.0 + 0.25 * 17
+    rates = Run(make_controller(network_saying(0.5), **changed)).to(T).rates
+    multiplier = 0.5 + 0.25 * 17
     assert rates[-1] == pytest.approx(LR0 * math.exp(multiplier) * (end + (1 - end) / T))
     assert rates[: K + 1] == pytest.approx([LR0 * (1 - (1 - end) * step / T) for step in range(K + 1)])
     assert [make_controller(**changed).learning_rate(step) for step in (T, T + 5)] == [0, 0]
@@ -181,6 +181,7 @@ def test_probes_have_more_decisions_to_learn_from() -> None:
     for changed, interval in (({}, 8), ({"network": "scratch"}, 5), ({"network": "scratch", "num_probes": 0}, 8)):
         config = ALRSConfig(**changed)
         assert decision_interval_of(config, 410, None) == interval
+        assert config.share_of_correction == (0.5 if interval == 8 else 0.25)
     assert decision_interval_of(ALRSConfig(network="scratch", decision_interval=0.02), 410, None) == 8
 
 
@@ -270,7 +271,7 @@ def test_no_restarts_where_none_are_allowed() -> None:
 def test_a_slow_fall_far_below_the_maximum_restarts() -> None:
     # A jump by 2, then -0.5 at a time: the fall from the maximum passes 1 at the third decision after the jump.
     # At the jump the network is asked twice, before and after its training.
-    calls = iter([0.0, 2.0, 2.0, -2.0, -2.0, -2.0, 0.0, 0.0])
+    calls = iter([0.0, 2.0, 2.0, -1.0, -1.0, -1.0, 0.0, 0.0])
     controller = make_controller(max_restarts=1, restart_window=1.0)
     controller._ask = lambda features: next(calls)
     run = Run(controller).to(7 * K)

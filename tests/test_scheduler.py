@@ -188,7 +188,7 @@ def test_an_optimizer_with_nothing_to_train_is_refused(quiet: Config) -> None:
 def test_rates_and_history_of_a_quiet_run(quiet: Config) -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = ALRSScheduler(optimizer, T, config=quiet(says=0.8))
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(says=0.4))
     losses = []
     rates = []
     for step in range(T):
@@ -201,8 +201,8 @@ def test_rates_and_history_of_a_quiet_run(quiet: Config) -> None:
         optimizer.step()
         scheduler.step()
     scheduler.flush()
-    # Decisions after steps 4, 8, ...: a jump by 0.8 at the second, then 0.2 at each
-    multipliers = [0.0] * 9 + [0.8 + 0.2 * (step // K - 2) for step in range(8, T - 1)]
+    # Decisions after steps 4, 8, ...: a jump by 0.4 at the second, then 0.2 at each
+    multipliers = [0.0] * 9 + [0.4 + 0.2 * (step // K - 2) for step in range(8, T - 1)]
     assert rates == pytest.approx([0.1 * math.exp(m) * (1 - i / T) for i, m in enumerate(multipliers)])
     history = scheduler.history
     assert [entry["step"] for entry in history] == list(range(1, T + 1))

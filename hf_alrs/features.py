@@ -25,7 +25,7 @@ import numpy as np
 Array = np.ndarray | float
 
 # Bumped whenever a feature's meaning, order or count changes: networks are trained for one version.
-FEATURE_VERSION = 3
+FEATURE_VERSION = 4
 
 # Inner products at a decision. g: gradient at this step, h: gradient of the step before, u: update of the step before,
 # w: weights, x: w minus the initial weights, d: displacement since the last decision, e: the displacement before that.
@@ -47,6 +47,7 @@ SIGNALS = (
     "zero_gradient",  # mean over weight matrices of the share of gradient entries that are exactly zero
     # What no step changes comes last
     "matrix_width",  # mean over weight matrices of ln(sqrt(min(fan_in, fan_out)))
+    "kernel_width",  # that part of it that is due to kernels of convolutions
     "matrix_count",  # ln(number of weight matrices)
     "size",  # ln(sqrt(number of weights))
 )
@@ -646,6 +647,16 @@ def eval_decrease(m: Moment) -> Array:
     return where(state.eval_count > 0, fall, 0.0)
 
 
+def convolution_width(m: Moment) -> Array:
+    """
+    Part of the width correction of the update ratios that is due to kernels of convolutions.
+
+    In wider transformers the best update is a smaller share of the weights, as the correction has it; in wider convolutional nets
+    it is not. A model without convolutions has 0 here.
+    """
+    return m.signals["kernel_width"]
+
+
 FEATURES: tuple[Callable[[Moment], Array], ...] = (
     progress,
     run_length,
@@ -688,6 +699,7 @@ FEATURES: tuple[Callable[[Moment], Array], ...] = (
     curvature_cost,
     trust_ratio,
     eval_decrease,
+    convolution_width,
 )
 FEATURE_NAMES: tuple[str, ...] = tuple(feature.__name__ for feature in FEATURES)
 

@@ -142,9 +142,12 @@ class SignalRecorder:
             _LocalPart(p, stride) if is_sharded(p) else None
             for p, stride in zip(self.parameters, self._strides, strict=True)
         ]
-        widths = [0.5 * math.log(min(p.shape[0], p.numel() // p.shape[0])) for p in self.parameters if p.dim() > 1]
+        matrices = [p for p in self.parameters if p.dim() > 1]
+        widths = [0.5 * math.log(min(p.shape[0], p.numel() // p.shape[0])) for p in matrices]
+        kernel_widths = [width for p, width in zip(matrices, widths, strict=True) if p.dim() > 2]
         constants = {
-            "matrix_width": sum(widths) / len(widths) if widths else 0.0,
+            "matrix_width": sum(widths) / max(num_matrices, 1),
+            "kernel_width": sum(kernel_widths) / max(num_matrices, 1),
             "matrix_count": math.log(max(num_matrices, 1)),
             "size": 0.5 * math.log(sum(p.numel() for p in self.parameters)),
         }

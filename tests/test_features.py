@@ -164,6 +164,7 @@ CASES: list[tuple[str, Moment, float]] = [
     # 1.5 ln 0.5
     ("eval_decrease", moment({"eval_count": 1.0, "eval_loss": 1.0, "initial_loss": 2.0}), -1.039721),
     ("eval_decrease", moment({"initial_loss": 2.0}), 0.0),
+    ("convolution_width", moment(signals={"kernel_width": 2.079442}), 2.079442),
 ]
 
 
@@ -383,6 +384,7 @@ def stream(seed: int = 0, size: int | None = None) -> tuple[np.ndarray, list[dic
             "ee": (e * e).sum(-1),
             "matrix_update_ratio": np.full(shape, -5.0),
             "matrix_width": np.full(shape, 1.5),
+            "kernel_width": np.full(shape, 0.5),
             "matrix_count": np.full(shape, 0.7),
             "zero_gradient": np.full(shape, 0.2),
             "size": np.full(shape, 2.0),

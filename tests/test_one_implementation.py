@@ -18,9 +18,10 @@ from conftest import scratch_network
 from torch import nn
 
 from hf_alrs import ALRSConfig, ALRSScheduler, MetaLRNetwork
-from hf_alrs.features import FEATURE_NAMES
+from hf_alrs.features import FEATURE_NAMES, SIGNALS
 from hf_alrs.meta_training.population import Population, TaskSpec
-from hf_alrs.meta_training.rollout import Rollout, rollout
+from hf_alrs.meta_training.rollout import Rollout, _Probe, rollout
+from hf_alrs.signals import SignalRecorder
 
 
 T = 160
@@ -136,7 +137,7 @@ CASES = {
     "sgd": ({"optimizer": "sgd"}, 1e-2, 0),
     "adam, far too high": ({"optimizer": "adam"}, 0.5, 8),
     "momentum, far too high": ({"optimizer": "sgdm", "activation": "relu"}, 0.6, 0),
-    # two steps for each update of the average
+    # five steps for each update of the average
     "sgd, long": ({"optimizer": "sgd", "num_training_steps": 600}, 1e-2, 8),
 }
 RUNS = [(case, True) for case in CASES] + [("adam", False), ("momentum, far too high", False)]
@@ -192,3 +193,22 @@ def test_population_and_product_agree(case: str, average: bool, network_folder: 
     else:
         assert averaged is None
         assert torch.equal(left, trained)
+
+
+def test_widths_of_a_conv_net_agree() -> None:
+    spec = {"kind": "conv", "data": "digits", "hidden": 8, "depth": 3, "optimizer": "sgd", "num_classes": 10}
+    population = Population(TaskSpec(**(MLP_SPEC | spec)), 1, 1)
+    probe = _Probe(population)
+    recorder = SignalRecorder(
+        [
+            nn.Parameter(torch.ones(shape if matrix else (math.prod(shape),)))
+            for shape, matrix in zip(population.shapes, population.is_matrix, strict=True)
+        ],
+        100,
+    )
+    recorder.start()
+    recorder.record_previous()
+    measured = dict(zip(SIGNALS, recorder.measure().tolist(), strict=True))
+    for name in ("matrix_width", "kernel_width", "matrix_count"):
+        assert probe._constants[name] == pytest.approx(measured[name]), name
+    assert 0 < measured["kernel_width"] < measured["matrix_width"]

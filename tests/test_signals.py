@@ -78,6 +78,7 @@ def test_signals_are_the_inner_products_that_they_name() -> None:
             "ee": e @ e,
             "matrix_update_ratio": (u[:6].norm() / w[:6].norm()).log(),
             "matrix_width": 0.5 * math.log(2),
+            "kernel_width": 0.0,
             "matrix_count": 0.0,
             "zero_gradient": 1 / 6,
             "size": 0.5 * math.log(8),
@@ -150,21 +151,23 @@ def test_a_model_without_any_gradient_or_matrix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "width", "count"),
+    ("shapes", "width", "kernels", "count"),
     [
         # sqrt(min(fan_in, fan_out)): of 4 and 16
-        ([(16, 4)], math.log(2), 0.0),
+        ([(16, 4)], math.log(2), 0.0, 0.0),
         # a convolution sees 3 * 3 * 3 = 27 inputs and has 9 outputs; vectors do not count
-        ([(9, 3, 3, 3), (9,)], math.log(3), 0.0),
-        ([(16, 4), (9, 3, 3, 3)], 0.5 * (math.log(2) + math.log(3)), math.log(2)),
+        ([(9, 3, 3, 3), (9,)], math.log(3), math.log(3), 0.0),
+        ([(16, 4), (9, 3, 3, 3)], 0.5 * (math.log(2) + math.log(3)), 0.5 * math.log(3), math.log(2)),
     ],
 )
-def test_widths_and_numbers_of_matrices(shapes: list[tuple[int, ...]], width: float, count: float) -> None:
+def test_widths_and_numbers_of_matrices(
+    shapes: list[tuple[int, ...]], width: float, kernels: float, count: float
+) -> None:
     recorder = SignalRecorder([nn.Parameter(torch.ones(shape)) for shape in shapes], 10)
     recorder.start()
     recorder.record_previous()
     got = values(recorder.measure())
-    assert (got["matrix_width"], got["matrix_count"]) == pytest.approx((width, count))
+    assert (got["matrix_width"], got["kernel_width"], got["matrix_count"]) == pytest.approx((width, kernels, count))
 
 
 def test_a_subsample_is_unbiased() -> None:

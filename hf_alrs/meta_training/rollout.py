@@ -68,8 +68,10 @@ class _Probe:
         matrices = [i for i, flag in enumerate(population.is_matrix) if flag]
         self._matrices = matrices
         widths = [0.5 * math.log(min(population.fan_in[i], population.fan_out[i])) for i in matrices]
+        kernel_widths = [width for i, width in zip(matrices, widths, strict=True) if len(population.shapes[i]) > 2]
         self._constants = {
             "matrix_width": sum(widths) / len(widths),
+            "kernel_width": sum(kernel_widths) / len(widths),
             "matrix_count": math.log(len(matrices)),
             "size": 0.5 * math.log(population.num_parameters),
         }

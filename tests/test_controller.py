@@ -374,7 +374,11 @@ def test_the_anchor_holds_the_network_near_its_trained_weights() -> None:
     distances = []
     for anchor in (0.0, 10.0):
         controller = make_controller(
-            scratch_network(scale=4.0), meta_num_epochs=20, feedback_interval=1, anchor=anchor, meta_learning_rate=0.01
+            scratch_network(2, scale=4.0),
+            meta_num_epochs=20,
+            feedback_interval=1,
+            anchor=anchor,
+            meta_learning_rate=0.01,
         )
         before = weights_of(controller)
         Run(controller).to(T)

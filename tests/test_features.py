@@ -164,7 +164,8 @@ CASES: list[tuple[str, Moment, float]] = [
     # 1.5 ln 0.5
     ("eval_decrease", moment({"eval_count": 1.0, "eval_loss": 1.0, "initial_loss": 2.0}), -1.039721),
     ("eval_decrease", moment({"initial_loss": 2.0}), 0.0),
-    ("convolution_width", moment(signals={"kernel_width": 2.079442}), 2.079442),
+    ("convolution_width", moment(signals={"kernel_width": 1.386294}), 1.386294),
+    ("convolution_width", moment(signals={"kernel_width": 2.691}), 1.7),
 ]
 
 

@@ -62,6 +62,7 @@ BRIEF_SEED = 500_000
 BRIEF_KINDS = {"mlp": 0.2, "conv": 0.6, "attention": 0.2}
 BRIEF_MIN_STEPS, BRIEF_MAX_STEPS = 20, 80
 BRIEF_PRETRAINED_SHARE = {"mlp": 0.0, "conv": 0.0, "attention": 0.5}
+_WIDE = ("large", "brief")
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
         if max_cost is None:
             return _with_examples(fields)
         for change in ({}, {"batch_size": 8}, {"hidden": 16, "embedding_dim": 16, "feedforward": 2, "heads": 2}):
-            if "hidden" in change and (kind != "attention" or family in ("large", "brief")):
+            if "hidden" in change and (kind != "attention" or family in _WIDE):
                 continue
             fields.update(change)
             cost = estimate_cost(_with_examples(fields))
@@ -259,7 +260,7 @@ def _log_uniform(generator: random.Random, low: float, high: float) -> float:
 
 def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     family = family_of(seed)
-    optimizers = LARGE_OPTIMIZERS if family in ("large", "brief") else OPTIMIZERS
+    optimizers = LARGE_OPTIMIZERS if family in _WIDE else OPTIMIZERS
     if family == "short" and kind == "conv":
         optimizers = SHORT_CONV_OPTIMIZERS
     optimizer = r.choices(list(optimizers), list(optimizers.values()))[0]
@@ -362,19 +363,14 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
             fields["batch_size"] = r.choice([16, 32, 64])
         elif kind == "attention":
             fields["depth"] = r.choice([2, 4, 4, 6])
-    if family in ("large", "brief"):
+    if family in _WIDE:
         _draw_large(r, fields)
     if family == "brief":
-        fields["num_training_steps"] = int(_log_uniform(r, BRIEF_MIN_STEPS, BRIEF_MAX_STEPS))
-        fields["epochs"] = _log_uniform(r, 1, 4)
-        if kind == "conv":
-            fields["hidden"] = int(_log_uniform(r, 16, 64))
-            if seed % 2:  # as deep as ResNet-18: the deeper, the more the best update shrinks in so few steps
-                fields["depth"], fields["residual"] = r.choice([14, 16, 18, 20]), True
+        _draw_brief(r, fields)
     if family != "" and pretrained:
         fields["epochs"] = _log_uniform(r, 1, 4)
         fields["num_upstream"] = 8000
-        upstream_steps = (300, 700) if family in ("short", "large", "brief") else (500, 2400)
+        upstream_steps = (300, 700) if family in ("short", *_WIDE) else (500, 2400)
         fields["upstream_steps"] = int(_log_uniform(r, *upstream_steps))
         fields["upstream_same"] = r.random() < 0.6
         fields["head_std"] = r.choice([0.0, 0.02])
@@ -418,6 +414,16 @@ def _draw_large(r: random.Random, fields: dict[str, Any]) -> None:
         fields["hidden"] = r.choice([64, 96, 128])
         fields["embedding_dim"], fields["heads"], fields["depth"] = fields["hidden"], 4, r.choice([4, 6, 8, 12])
         fields["batch_size"] = r.choice([8, 16, 32])
+
+
+def _draw_brief(r: random.Random, fields: dict[str, Any]) -> None:
+    """Makes a wide and deep model's run short, and its convolutions wider still."""
+    fields["num_training_steps"] = int(_log_uniform(r, BRIEF_MIN_STEPS, BRIEF_MAX_STEPS))
+    fields["epochs"] = _log_uniform(r, 1, 4)
+    if fields["kind"] == "conv":
+        fields["hidden"] = int(_log_uniform(r, 16, 64))
+        if fields["seed"] % 2:  # as deep as ResNet-18: the deeper, the more the best update shrinks in so few steps
+            fields["depth"], fields["residual"] = r.choice([14, 16, 18, 20]), True
 
 
 def _draw_model(r: random.Random, fields: dict[str, Any]) -> None:

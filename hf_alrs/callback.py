@@ -205,6 +205,9 @@ class ALRSCallback(TrainerCallback):
         """All processes read their losses now, because one alone writes the checkpoint, with the averaged weights."""
         if control.should_save:
             self.scheduler.prepare_save()
+        elif control.should_evaluate:
+            # Before Trainer's `model.eval()`, at which some layers take their weights into others (LoRA that merges)
+            self.scheduler.show_average()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -369,10 +372,6 @@ class ALRSTrainer(Trainer):
         self.alrs_callback = ALRSCallback(self.alrs_config)
         self.alrs_callback.told_losses = True
         self.alrs_callback.forward_batch = self._forward_batch
-        split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
-        indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset)
-        if indexed and has_length(split):
-            self.alrs_callback.evaluate_controller = self._evaluate_controller
         self._controller_loader: Any = None
         self._num_batches: int | None = None
         self.add_callback(self.alrs_callback)
@@ -389,6 +388,11 @@ class ALRSTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_callbacks(1)  # one that was added later would observe every loss a second time
         prepare_again(self)
+        # The datasets, or the length of the run, may be others than at the last call
+        self._controller_loader = None
+        split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
+        indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset) and has_length(split)
+        self.alrs_callback.evaluate_controller = self._evaluate_controller if indexed else None
         return super().train(*args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:

@@ -63,6 +63,8 @@ _RESTART_FALL = 1.0
 # A loss that is still this share of the initial one after `_NO_PROGRESS_DECISIONS` shows that training has not begun
 _NO_PROGRESS, _NO_PROGRESS_DECISIONS = 0.97, 6
 _DIVERGED_CHANGE = -math.log(10.0)
+# Below it a rate would be 0 before long, as in a run that is never finite
+_LEAST_RATE = 1e-30
 _SPIKE_CHANGE = -math.log(3.0)
 # Standard deviation of the noise added to features when the network is trained on the few rows of one run
 _JITTER = 0.05
@@ -73,6 +75,8 @@ _FINE_TUNING_EPSILON = 1.0
 _BATCHES_FROM_SCRATCH = 16
 # Rows kept; a run has about 50 decisions unless it asks for more
 _MAX_ROWS = 1024
+# Share of the run by which probes are over
+_LATEST_PROBES = 0.75
 # Weight of the probes' verdict in the hindsight estimate, in decisions
 _PROBE_WEIGHT = 200.0
 # ln of the factor between the lowest and the highest probe and the initial rate
@@ -330,7 +334,7 @@ class ALRSController:
 
         if self.probing:
             return self._decide_probe(step, features, count)
-        if not self.jumped and count == self._first_jump and self._num_probes > 0 and finite:
+        if count >= self._first_jump and self._probes_pending(step) and finite:
             self._remember(features, math.nan, count)
             self._before_probes = (self.state, self.log_multiplier, features.tolist())
             self._guard.forget()
@@ -343,13 +347,21 @@ class ALRSController:
         self._remember(features, self.log_multiplier + correction, count)
         meta_loss = network_change = None
         jump_decision = self._first_jump if not self.jumped else min(WARM_DECISIONS, self._first_jump)
-        if not self.jumped and count >= self._first_jump:
+        if self._is_fitting(step, count):
             meta_loss, network_change = self._train(self.config.meta_num_epochs)
             correction = self._ask(features)
         elif self._feedback_due(count > jump_decision):
             meta_loss, network_change = self._train(1)
             correction = self._ask(features)
         return self._act(step, features, correction, count, jump_decision, trouble, meta_loss, network_change)
+
+    def _probes_pending(self, step: int) -> bool:
+        """Whether probes are still to come: those of a run that was not finite when they were due are made later."""
+        length = self._num_probes * self._probe_decisions * self.decision_interval
+        return 0 < length <= _LATEST_PROBES * self.num_training_steps - step and self._probe < 0
+
+    def _is_fitting(self, step: int, count: int) -> bool:
+        return not self.jumped and count >= self._first_jump and not self._probes_pending(step)
 
     def _feedback_due(self, driving: bool) -> bool:
         if not driving:
@@ -383,7 +395,7 @@ class ALRSController:
         )
         if trouble == SPIKE and not restart:
             change = min(float(change), _SPIKE_CHANGE)
-        fitting = not self.jumped and count >= self._first_jump
+        fitting = self._is_fitting(step, count)
         kept_inside = self._move(float(change))
         self.jumped = self.jumped or fitting
         self.phase = FIT if fitting else (DRIVE if self.jumped else GATHER)
@@ -439,10 +451,9 @@ class ALRSController:
 
     def _within_bounds(self, log_multiplier: float) -> float:
         """The nearest multiplier that keeps the peak rate inside `min_lr` and `max_lr`."""
-        target = min(log_multiplier, math.log(self.config.max_lr) - math.log(self.initial_learning_rate))
-        if self.config.min_lr > 0:
-            target = max(target, math.log(self.config.min_lr) - math.log(self.initial_learning_rate))
-        return target
+        start = math.log(self.initial_learning_rate)
+        lowest = max(self.config.min_lr, _LEAST_RATE)
+        return max(min(log_multiplier, math.log(self.config.max_lr) - start), math.log(lowest) - start)
 
     def _move(self, change: float) -> bool:
         """Changes `log_multiplier` within bounds; returns whether a bound stood in the way."""

@@ -146,13 +146,26 @@ class NamedSchedulerTrainer(Trainer):
         return super().set_initial_training_values(args, dataloader, *rest, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Schedule-Free's documentation asks for it, as no training step has run with the weights that it evaluates
+        self._show_average()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        if self._batch_norm is None or kwargs.get("_internal_call"):  # a checkpoint, which training goes on from
+            return super().save_model(*args, **kwargs)
+        self._show_average()
+        super().save_model(*args, **kwargs)
+        self.optimizer.train()
+
+    def _show_average(self) -> None:
+        """Puts the weights that Schedule-Free evaluates into the model, with batch-norm's statistics for them."""
         step = self.state.global_step
-        if self._batch_norm is not None and step > 0 and step != self._refreshed_at:  # once for all evaluation sets
-            self.optimizer.eval()
+        if self._batch_norm is None or step == 0:
+            return
+        self.optimizer.eval()
+        if step != self._refreshed_at:  # once for all evaluation sets
+            # Its documentation asks for it, as no training step has run with these weights
             self._batch_norm.refresh()
             self._refreshed_at = step
-        return super().evaluation_loop(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

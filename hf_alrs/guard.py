@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ _Z = 8.0
 _SHARE_OF_INITIAL = 0.25
 # Levels in a row that make a spike: what passes by itself needs no guard
 _IN_A_ROW = 2
-# Losses kept of one stretch between decisions
+# Losses kept of one stretch between decisions, the last ones
 _MAX_WINDOW = 512
 
 
@@ -58,13 +59,13 @@ class Guard:
     def __init__(self) -> None:
         self.troubles = 0
         self.good: float | None = None
-        self._window: list[float] = []
+        self._window: deque[float] = deque(maxlen=_MAX_WINDOW)
         self._levels: list[float] = []
         self._raised = 0
 
     def observe(self, loss: float) -> None:
         """Takes the training loss of one optimizer step."""
-        if math.isfinite(loss) and len(self._window) < _MAX_WINDOW:
+        if math.isfinite(loss):
             self._window.append(loss)
 
     def judge(self, finite: bool, initial_loss: float) -> str | None:
@@ -75,7 +76,8 @@ class Guard:
             finite (`bool`): Whether losses, gradients and weights are.
             initial_loss (`float`): Loss that the run began with.
         """
-        window, self._window = self._window, []
+        window = list(self._window)
+        self._window.clear()
         if not finite:
             self.forget()
             return NON_FINITE
@@ -103,7 +105,8 @@ class Guard:
 
     def forget(self) -> None:
         """Forgets the levels: the weights have moved to where the loss is another one."""
-        self._window, self._levels, self._raised = [], [], 0
+        self._window.clear()
+        self._levels, self._raised = [], 0
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -116,4 +119,4 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.troubles, self.good, self._raised = state["troubles"], state["good"], state["raised"]
-        self._window, self._levels = list(state["window"]), list(state["levels"])
+        self._window, self._levels = deque(state["window"], maxlen=_MAX_WINDOW), list(state["levels"])

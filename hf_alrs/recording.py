@@ -55,7 +55,7 @@ class RunRecorder(TrainerCallback):
         self._alrs_steps: list[int] = []  # after each recorded step; mixed precision may skip some
 
     def attach(self, trainer: Trainer) -> None:
-        """Wraps the methods of a trainer that see the loss and the gradient norm, or whose time is not training."""
+        """Wraps the methods of a trainer that see the loss and the gradient norm, or whose time is not training, the controller's part of it excepted."""
         self.trainer, self.accelerator = trainer, trainer.accelerator
         training_step, get_grad_norm = trainer.training_step, trainer._get_grad_norm
         evaluate, save = trainer.evaluate, trainer._save_checkpoint
@@ -75,10 +75,14 @@ class RunRecorder(TrainerCallback):
 
         def timed_evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
             self.pause()
+            before = _controller_seconds(trainer)
             try:
                 return evaluate(*args, **kwargs)
             finally:
-                self.eval_seconds += time.perf_counter() - self.started
+                # Averaged weights are put into the model, and batch-norm's statistics taken anew, because of how it trains
+                training = _controller_seconds(trainer) - before
+                self.clock += training
+                self.eval_seconds += time.perf_counter() - self.started - training
                 self.started = time.perf_counter()
 
         def untimed_save(*args: Any, **kwargs: Any) -> None:
@@ -194,6 +198,10 @@ class RunRecorder(TrainerCallback):
             setattr(self, name, list(state[name]))
         self._earlier_phases = list(state["phases"] or ())
         self.first_batch, self.clock, self.eval_seconds = state["first_batch"], state["clock"], state["eval_seconds"]
+
+
+def _controller_seconds(trainer: Trainer) -> float:
+    return getattr(trainer.lr_scheduler, "seconds", 0.0) if isinstance(trainer, ALRSTrainer) else 0.0
 
 
 def _rounded(values: Iterable[Any]) -> list[float]:

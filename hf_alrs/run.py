@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +47,8 @@ _LEFT_BEHIND = (
     "predict_results.txt",
     *(f"{name}_results.json" for name in ("all", "benchmark", "eval", "train")),
 )
+# How the last texts were encoded
+_STATE_OF_TOKENIZER = ("truncation", "padding")
 # Options that say how a run is watched, kept and scored, not how it trains
 _WATCHING = re.compile(
     r"(eval_.*|save_.*|logging_.*|dataloader_(num|pin|pers|pre).*|per_device_eval_.*|max_eval_samples)"
@@ -276,6 +279,7 @@ def _train_prepared(
     model = prepared.model_init()
     if not args.do_train and not is_pretrained:
         model = _trained_model(type(model), Path(args.output_dir))
+        _check_inputs(prepared, Path(args.output_dir))
     trainer = build_trainer(prepared, model, args, scheduler, config)
     for callback in trainer.callback_handler.callbacks:
         # Its own default is known only when training begins, and the evaluation before it would go to ./runs
@@ -338,6 +342,28 @@ def _trained_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrain
     except Exception as error:  # of the many types that files which are none raise
         rule = f"its model cannot be loaded ({type(error).__name__}: {str(error)[:200]})."
         raise InputError("output_dir", str(folder), rule, "Add --do_train, or give the folder of a run.") from error
+
+
+def _check_inputs(prepared: PreparedTask, folder: Path) -> None:
+    """
+    That the model in the folder gets inputs as in its training: the words, means and categories are those of the train split.
+
+    Raises:
+        `InputError`: If another train split has made others.
+    """
+
+    def content(path: Path) -> Any:
+        values = json.loads(path.read_text())
+        return {key: value for key, value in values.items() if key not in _STATE_OF_TOKENIZER}
+
+    with tempfile.TemporaryDirectory() as temporary:
+        prepared.processing_class.save_pretrained(temporary)
+        for name in ("tokenizer.json", "preprocessor_config.json"):
+            now, saved = Path(temporary) / name, folder / name
+            if now.is_file() and saved.is_file() and content(now) != content(saved):
+                rule = f"its model was trained with another {name}, made of another train split."
+                remedy = "Give the run's own data options: dataset_name, max_train_samples, split_seed, fold and the columns."
+                raise InputError("output_dir", str(folder), rule, remedy)
 
 
 def _check_with_data(prepared: PreparedTask, args: TrainingArguments) -> None:

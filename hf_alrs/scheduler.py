@@ -37,7 +37,7 @@ STOOD_AT_KEY = "alrs_stood_at"
 
 
 # Calls of `step` without any optimizer step: more than mixed precision skips while it looks for its scale
-_IDLE_CALLS = 20
+_IDLE_CALLS = 256
 
 
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
@@ -127,6 +127,9 @@ class ALRSScheduler(LRScheduler):
             num_warmup_steps=num_warmup_steps,
             steps_per_epoch=steps_per_epoch,
         )
+        previous = getattr(getattr(inner, "eval", None), "__self__", None)
+        if isinstance(previous, ALRSScheduler):
+            previous.close()
         self._inner = inner
         self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
         self._average: WeightAverage | None = None
@@ -142,11 +145,9 @@ class ALRSScheduler(LRScheduler):
             )
         self._initial: dict[str, Any] | None = None  # what a restart goes back to
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
-        buffers = dict(model.named_buffers()) if model is not None else {}
-        # Whole numbers do not train: they are the weights of a quantised model, or places and masks.
-        buffers = {name: b for name, b in buffers.items() if b.is_floating_point() or b.numel() == 1}
-        self._initial_buffers = [b.detach().clone() for b in buffers.values() if self.controller.restarts_possible]
-        self._buffer_names = list(buffers)
+        buffers = model.named_buffers() if model is not None else ()
+        self._buffer_names = [name for name, buffer in buffers if _is_restored(buffer)]
+        self._initial_buffers = self._copied_buffers()
         # A wrapper that has no modes of its own gets them too
         self._switched = [inner] if optimizer is inner or hasattr(optimizer, "eval") else [inner, optimizer]
         if self.config.average_weights:
@@ -252,7 +253,7 @@ class ALRSScheduler(LRScheduler):
                 "scheduler the number of optimizer steps that the loop makes, if it makes more.",
             )
         start = time.perf_counter()
-        self.hide_average()
+        self._train_on()
         step = self._steps
         self._steps = self._optimizer_steps
         self.last_epoch += 1
@@ -451,6 +452,9 @@ class ALRSScheduler(LRScheduler):
         self._depth += 1
         if self._depth > 1:  # torch calls the hooks again where a subclass's `step` calls that of its base class
             return None
+        if self._steps >= self.controller.num_training_steps:  # the weights are no longer this scheduler's
+            self._optimizer_steps += 1
+            return None
         self.hide_average()
         if len(self._inner.param_groups) > len(self.base_lrs):
             self._set_rates()  # of layers that thaw with this step
@@ -527,8 +531,9 @@ class ALRSScheduler(LRScheduler):
             kept = self._keep(torch.device("cpu"))
             if self._average is not None:
                 kept["average"] = self._average.state_dict(torch.device("cpu"))
-            # Signals are of the step before, on a part of the coordinates.
-            if all(bool(t.isfinite().all()) for t in kept["tensors"]):
+            # Signals are of the step before, on a part of the coordinates. A buffer may hold the infinities of a mask.
+            buffers = range(len(self._parameters), len(self._parameters) + len(self._buffer_names))
+            if all(bool(t.isfinite().all()) for i, t in enumerate(kept["tensors"]) if i not in buffers):
                 self._good = kept
         self._tell(step, decision)
         self.history[-1].update(
@@ -585,12 +590,19 @@ class ALRSScheduler(LRScheduler):
         self._load(kept)
         self._recorder.load_state_dict(kept["recorder"])
 
-    def _restored_tensors(self) -> list[torch.Tensor]:
+    def _copied_buffers(self) -> list[torch.Tensor]:
+        """What a restart brings back of the buffers; nothing if there are no restarts."""
+        return [buffer.detach().clone() for buffer in self._buffers() if self.controller.restarts_possible]
+
+    def _buffers(self) -> list[torch.Tensor]:
         buffers = dict(self.model.named_buffers()) if self.model is not None else {}
         nothing = torch.empty(0)  # a forward pass may make buffers, take them away, or exchange them for larger ones
+        return [buffers.get(name, nothing) for name in self._buffer_names]
+
+    def _restored_tensors(self) -> list[torch.Tensor]:
         everything = self._all_parameters() if self._thawed else []
         thawed = (everything[place] for place in self._thawed)
-        return [*self._parameters, *(buffers.get(name, nothing) for name in self._buffer_names), *thawed]
+        return [*self._parameters, *self._buffers(), *thawed]
 
     @torch.no_grad()
     def _load(self, kept: dict[str, Any]) -> None:
@@ -785,7 +797,7 @@ class ALRSScheduler(LRScheduler):
             average = self._average or WeightAverage(self._parameters, self.model, self.controller.num_training_steps)
             average.load_state_dict(state_dict["average"])
         self._told = set(state_dict["told"])
-        self._initial_buffers = []
+        self._initial_buffers = [] if state_dict["optimizer_steps"] else self._copied_buffers()
         self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
         self._signals, self._loss, self._num_losses, self._grad_norm = None, None, 1, None
@@ -799,6 +811,13 @@ class ALRSScheduler(LRScheduler):
             self.show_average()
             for values, kept in zip(self._statistics(), statistics, strict=True):
                 values.copy_(kept)
+
+
+def _is_restored(buffer: torch.Tensor) -> bool:
+    """Whether a buffer goes back with the weights: not whole numbers, which do not train (the weights of a quantised
+    model, places, masks), nor a view of fewer numbers than it shows, which cannot be written to."""
+    expanded = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+    return (buffer.is_floating_point() or buffer.numel() == 1) and not expanded
 
 
 def _vector(numbers: list[Any], device: torch.device) -> torch.Tensor:

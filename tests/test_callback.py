@@ -664,6 +664,66 @@ class Indexless(IterableDataset):
         return iter(tiny_dataset(16))
 
 
+def test_a_second_training_is_steered_by_the_split_it_is_given(tmp_path: Path, moving_config: Config) -> None:
+    """As in cross-validation with one Trainer, where the first fold's split is training data of the next one."""
+    seen: list[Any] = []
+
+    class Watched(ALRSTrainer):
+        def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(dataloader.dataset.dataset)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    splits = [tiny_dataset(70, seed=seed) for seed in (9, 10)]
+    trainer = Watched(
+        model_init=lambda: tiny_classifier(),
+        args=arguments(tmp_path),
+        alrs_config=moving_config(controller_evaluations=2),
+        train_dataset=tiny_dataset(),
+    )
+    for evaluated, split in ((0, None), (1, splits[0]), (1, splits[1])):
+        trainer.eval_dataset = None if split is None else {"controller": split}
+        seen.clear()
+        trainer.train()
+        assert len(seen) == evaluated
+        assert all(dataset is split for dataset in seen)
+
+
+class Merging(torch.nn.Linear):
+    """Takes its low-rank weights into the frozen ones in `eval()` and out of them in `train()`, as loralib's layers do."""
+
+    def __init__(self, size: int):
+        super().__init__(size, size)
+        self.down, self.up = torch.nn.Parameter(0.1 * torch.ones(2, size)), torch.nn.Parameter(torch.zeros(size, 2))
+        self.weight.requires_grad = False
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).detach()
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (0 if self.merged else x @ self.down.T @ self.up.T)
+
+
+@routes
+def test_layers_that_merge_their_weights_for_an_evaluation(route: str, tmp_path: Path, moving_config: Config) -> None:
+    model = tiny_classifier()
+    first = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    merging = Merging(model.get_submodule(first).in_features)
+    frozen = merging.weight.clone()
+    model.set_submodule(first, torch.nn.Sequential(merging, model.get_submodule(first)))
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=4)
+    make_trainer(
+        route, args, moving_config(average_weights=True), model, eval_dataset=tiny_dataset(16, seed=9)
+    ).train()
+    model.train()
+    assert merging.up.abs().max() > 1e-3
+    torch.testing.assert_close(merging.weight, frozen, rtol=0, atol=1e-6)
+
+
 def test_a_controllers_split_without_index_is_left_to_the_scripts_evaluations(
     tmp_path: Path, moving_config: Config
 ) -> None:

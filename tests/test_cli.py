@@ -384,6 +384,19 @@ def test_evaluating_alone_takes_the_trained_model(tmp_path: Path) -> None:
     trained = own_table(table, tmp_path / "run")
     again = own_table(table, tmp_path / "run", "--do_eval")
     assert again["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
+    before = (tmp_path / "run" / "eval_results.json").read_text()
+    with pytest.raises(InputError, match=r"another preprocessor_config.json.*max_train_samples"):
+        own_table(table, tmp_path / "run", "--do_eval", "--max_train_samples", "40")
+    assert (tmp_path / "run" / "eval_results.json").read_text() == before
+
+
+@pytest.mark.parametrize("options", [["--eval_strategy", "no", "--save_strategy", "no"], []])
+def test_schedule_free_saves_what_it_evaluates(tmp_path: Path, options: list[str]) -> None:
+    table, _ = write_tables(tmp_path)
+    options = ["--scheduler", "schedule_free", "--learning_rate", "0.03", *options]
+    trained = own_table(table, tmp_path / "run", *options)
+    again = own_table(table, tmp_path / "run", *options, "--do_eval")
+    assert again["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
 
 
 def test_a_folder_is_of_one_run_or_comparison(tmp_path: Path) -> None:

@@ -476,6 +476,24 @@ def test_a_run_that_diverges_in_gather_is_not_probed() -> None:
     assert run.actions[8] == "restart"
 
 
+def test_probes_wait_for_a_run_that_is_finite() -> None:
+    """The restarted run probes after a gathering phase of its own, as it would have without the bad batch."""
+    loss = curve(0.0)
+    run = Run(probing_controller(), loss=lambda step, c: math.nan if step == 7 else loss(step, c)).to(60)
+    assert run.actions == {8: "restart", 16: "snapshot"} | {16 + 8 * i: "restore" for i in range(1, 6)}
+    assert run.decisions[56].phase == "fit"
+    # Too late for them: nothing is snapshot, and the network drives
+    late = Run(probing_controller(), loss=lambda step, _: math.nan if step < 130 else 1.0).to(160)
+    assert "snapshot" not in late.actions.values()
+    assert late.decisions[156].phase == "drive"
+
+
+def test_a_run_that_is_never_finite_keeps_a_rate_above_0() -> None:
+    controller = make_controller(num_training_steps=4000)
+    Run(controller, loss=lambda step, _: math.nan).to(4000)
+    assert LR0 * math.exp(controller.log_multiplier) == pytest.approx(1e-30)
+
+
 @pytest.mark.parametrize("num_training_steps", [20, 28])
 def test_a_short_run_does_not_end_inside_a_probe(num_training_steps: int) -> None:
     controller = ALRSController(ALRSConfig(network="scratch", hidden_sizes=(8,)), num_training_steps, LR0)

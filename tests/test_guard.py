@@ -35,6 +35,17 @@ def test_robust_z_score_by_hand() -> None:
     assert robust_z_score(1.0, [2.0, 2.0]) == -math.inf
 
 
+def test_a_long_stretch_is_judged_by_its_end() -> None:
+    guard = Guard()
+    for level in [1.0] * 12 + [50.0] * 2:
+        for _ in range(600):
+            guard.observe(1.0)
+        for _ in range(1400):
+            guard.observe(level)
+        verdict = guard.judge(True, 2.0)
+    assert verdict == SPIKE
+
+
 def judged(levels: list[float], initial_loss: float = 2.0) -> list[str | None]:
     guard = Guard()
     verdicts = []

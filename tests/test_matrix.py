@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import tiny_classifier, tiny_dataset
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_alrs.baselines import BASELINES, MIN_EVALUATIONS, scheduler_kwargs
 from hf_alrs.callback import ALRSTrainer
@@ -90,6 +90,31 @@ def test_steps_that_mixed_precision_skips_have_no_phase(tmp_path: Path) -> None:
     lengths = {len(values) for values in recorder.history().values()}
     assert lengths == {40}
     assert [step for step, phase in enumerate(recorder.phases) if phase is None] == [2, 7]
+
+
+def test_the_controllers_seconds_are_a_part_of_the_trainings(tmp_path: Path) -> None:
+    """Those too that an evaluation of the script's costs: batch-norm's statistics of the averaged weights."""
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", max_steps=20, disable_tqdm=True
+    )
+    trainer = ALRSTrainer(
+        tiny_classifier(batch_norm=True), args, train_dataset=tiny_dataset(512), eval_dataset=tiny_dataset(8)
+    )
+    recorder = RunRecorder()
+    recorder.attach(trainer)
+    evaluations = itertools.count()
+
+    class Evaluating(TrainerCallback):  # on its own, where Trainer asks no callback before
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            next(evaluations)
+            trainer.evaluate()
+
+    trainer.add_callback(Evaluating())
+    trainer.train()
+    trainer.evaluate()
+    assert next(evaluations) == 20
+    assert trainer.lr_scheduler.seconds < recorder.clock
+    assert recorder.eval_seconds > 0
 
 
 def test_cells_of_a_seed_start_alike_and_records_are_valid(experiment: Experiment, tmp_path: Path) -> None:

@@ -1301,7 +1301,7 @@ def test_a_step_within_the_step_of_a_subclass_is_not_another(quiet: Config) -> N
 
 def test_steps_that_are_never_seen_are_told_once(caplog: pytest.LogCaptureFixture, quiet: Config) -> None:
     scheduler = ALRSScheduler(sgd(), T, config=quiet())
-    for _ in range(60):
+    for _ in range(300):
         scheduler.step()
     assert [record.message for record in caplog.records if "SGD has made no step" in record.message] != []
     assert len(caplog.records) == 1
@@ -1353,3 +1353,72 @@ def test_states_that_do_not_fit_are_refused(quiet: Config, network_folder: Calla
         other = network_folder(scratch_network(hidden_sizes=(16,)), "other")
         make(tiny_classifier(), network=other).load_state_dict(state)
     make(TinyClassifier()).load_state_dict(state)
+
+
+# After the last step
+
+
+@pytest.mark.parametrize("what", ["another scheduler", "alrs again", "other weights"])
+def test_what_comes_after_the_last_step_finds_the_weights_as_they_are(network_folder: Any, what: str) -> None:
+    """The finished scheduler's hooks are on the optimizer still; its raw weights are gone for good."""
+    config = ALRSConfig(**quiet_settings(K) | {"network": network_folder(network_saying(0.0))})
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    first = ALRSScheduler(optimizer, T, config=config, model=model)
+    train(model, optimizer, first, T)
+    if what == "other weights":
+        model.load_state_dict({"a": torch.tensor(7.0), "b": torch.tensor(8.0)})
+    left = [p.detach().clone() for p in model.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 1e-12
+    if what == "alrs again":
+        ALRSScheduler(optimizer, T, config=config, model=model)
+        assert first._closed
+    loss_of(model, X).backward()
+    optimizer.step()
+    for got, expected in zip(model.parameters(), left, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
+# Buffers
+
+
+class LineWithBuffers(Line):
+    """With a mask's infinities and a view that shows one number three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+        self.register_buffer("shown", torch.ones(1).expand(3))
+        self.register_buffer("count", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().forward(x)
+
+
+def test_a_rollback_does_not_mind_the_infinities_of_a_mask(quiet: Config) -> None:
+    model = LineWithBuffers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(rollback=True, max_restarts=0), model=model)
+    train(model, optimizer, scheduler, 3 * K)
+    with torch.no_grad():
+        model.a.fill_(math.nan)
+    train(model, optimizer, scheduler, 2 * K)
+    assert all(p.isfinite() for p in model.parameters())
+
+
+@pytest.mark.parametrize("saved_at_the_start", [False, True])
+def test_a_restart_brings_back_buffers(quiet: Config, saved_at_the_start: bool) -> None:
+    model = LineWithBuffers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(max_restarts=1), model=model)
+    if saved_at_the_start:
+        scheduler.load_state_dict(scheduler.state_dict())
+    train(model, optimizer, scheduler, 2)
+    with torch.no_grad():
+        model.a.fill_(math.nan)
+    train(model, optimizer, scheduler, K - 1)
+    assert scheduler.controller.restarts == 1
+    assert model.count.tolist() == [0.0, 0.0]
+    assert model.a.item() == 0.0

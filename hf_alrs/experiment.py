@@ -150,11 +150,12 @@ class NamedSchedulerTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        if self._batch_norm is None or kwargs.get("_internal_call"):  # a checkpoint, which training goes on from
-            return super().save_model(*args, **kwargs)
-        self._show_average()
+        is_checkpoint = kwargs.get("_internal_call", False)  # which training goes on from
+        if self._batch_norm is not None and not is_checkpoint:
+            self._show_average()
         super().save_model(*args, **kwargs)
-        self.optimizer.train()
+        if self._batch_norm is not None and not is_checkpoint:
+            self.optimizer.train()
 
     def _show_average(self) -> None:
         """Puts the weights that Schedule-Free evaluates into the model, with batch-norm's statistics for them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -227,10 +228,9 @@ def _without_tuning(task: TaskRuns, reference: str, measured: Iterable[str]) -> 
 
 
 def _matrix(columns: list[list[Run]], tasks: list[TaskRuns], metric: str) -> np.ndarray:
-    """Final values, `[num_runs, num_columns]`; with unequal numbers of seeds, the first ones of each column."""
-    num_runs = min(map(len, columns))
+    """Final values, `[num_runs, num_columns]`."""
     values = [
-        [run.final("eval_loss" if metric == "eval_loss" else task.score) for run in column[:num_runs]]
+        [run.final("eval_loss" if metric == "eval_loss" else task.score) for run in column]
         for column, task in zip(columns, tasks, strict=True)
     ]
     return np.array(values).T
@@ -326,13 +326,15 @@ def _overall(tasks: list[TaskRuns]) -> dict[str, Any]:
     tasks = [task for task in tasks if any(map(is_baseline, task.schedulers))] or tasks
     # Nor has a task of one seed: the columns of one table have as many runs each
     tasks = [task for task in tasks if min(map(len, task.cells.values())) > 1] or tasks
+    num_seeds = min(len(runs) for task in tasks for runs in task.cells.values())
+    tasks = [replace(task, runs=[run for runs in task.cells.values() for run in runs[:num_seeds]]) for task in tasks]
     schedulers = _all_schedulers(tasks)
     reference = next((task.reference for task in tasks if task.reference), None)
     names, times = profile_times(tasks)
     profile = statistics.performance_profile(times, PROFILE_FACTORS) if times.size else np.empty((0, 0))
     return {
         "tasks": [task.name for task in tasks],
-        "num_seeds": min(len(runs) for task in tasks for runs in task.cells.values()),
+        "num_seeds": num_seeds,
         "interquartile_means": [
             _interquartile_row(tasks, name, metric)
             for metric in ("eval_loss", "score")

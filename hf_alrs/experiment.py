@@ -278,6 +278,10 @@ def build_trainer(
                 f"the {scheduler!r} scheduler is stepped with the loss on the controller's split.",
                 "Set --controller_split 0.1.",
             )
+        best = args.metric_for_best_model or "loss"
+        if keeps_best(args) and best.removeprefix("eval_").removeprefix(f"{CONTROLLER}_") != "loss":
+            rule = f"Trainer steps the {scheduler!r} scheduler with the metric that it chooses the best model by: the loss."
+            raise InputError("metric_for_best_model", best, rule, "Leave it out, or take another scheduler.")
         args.metric_for_best_model = f"eval_{CONTROLLER}_loss"
         args.greater_is_better = False
         if args.eval_strategy == IntervalStrategy.NO:

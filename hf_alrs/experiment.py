@@ -150,11 +150,12 @@ class NamedSchedulerTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        if self._batch_norm is None or kwargs.get("_internal_call"):  # a checkpoint, which training goes on from
-            return super().save_model(*args, **kwargs)
-        self._show_average()
+        is_checkpoint = kwargs.get("_internal_call", False)  # which training goes on from
+        if self._batch_norm is not None and not is_checkpoint:
+            self._show_average()
         super().save_model(*args, **kwargs)
-        self.optimizer.train()
+        if self._batch_norm is not None and not is_checkpoint:
+            self.optimizer.train()
 
     def _show_average(self) -> None:
         """Puts the weights that Schedule-Free evaluates into the model, with batch-norm's statistics for them."""
@@ -277,6 +278,10 @@ def build_trainer(
                 f"the {scheduler!r} scheduler is stepped with the loss on the controller's split.",
                 "Set --controller_split 0.1.",
             )
+        best = args.metric_for_best_model or "loss"
+        if keeps_best(args) and best.removeprefix("eval_").removeprefix(f"{CONTROLLER}_") != "loss":
+            rule = f"Trainer steps the {scheduler!r} scheduler with the metric that it chooses the best model by: the loss."
+            raise InputError("metric_for_best_model", best, rule, "Leave it out, or take another scheduler.")
         args.metric_for_best_model = f"eval_{CONTROLLER}_loss"
         args.greater_is_better = False
         if args.eval_strategy == IntervalStrategy.NO:

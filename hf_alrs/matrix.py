@@ -474,6 +474,9 @@ def run_matrix(
     return statuses.count("failed")
 
 
+# What a launched cell writes in the place of its record where what all cells share cannot work
+_REFUSED = ".refused"
+
 _Records = Iterator[tuple[RunSpec, dict[str, Any]]]
 
 
@@ -515,6 +518,8 @@ def _launch_cell(
             raise
         if record.exists():
             return json.loads(record.read_text())
+        if (refused := record.with_suffix(_REFUSED)).exists():
+            raise pickle.loads(refused.read_bytes())
         return crashed_record(experiment, spec, f"{experiment.launcher!r} ended with code {code} and no result")
 
 
@@ -532,7 +537,15 @@ def _launched(cell: Path, record: Path) -> None:
     state = PartialState()
     with state.main_process_first():
         prepared = experiment.task.prepare(experiment.data)
-    outcome = run_cell(experiment, spec, prepared, folder, ProgressWriter(folder) if state.is_main_process else None)
+    try:
+        outcome = run_cell(
+            experiment, spec, prepared, folder, ProgressWriter(folder) if state.is_main_process else None
+        )
+    except InputError as error:  # for the process that has started this one, which tells it as its own
+        partial = record.with_suffix(f".{state.process_index}.tmp")
+        partial.write_bytes(pickle.dumps(error))
+        partial.replace(record.with_suffix(_REFUSED))
+        os._exit(1)
     # A process that failed alone must not leave the others waiting for it: the launcher ends them.
     if state.is_main_process or outcome["status"] == "failed":
         write_record(outcome, record)

@@ -362,12 +362,12 @@ def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) 
     if known is not None:
         return list(known)
     numbers = [number for value in values if (number := _whole(value)) is not None and number != UNLABELLED]
-    if numbers and min(numbers) > 0:
-        shown = ", ".join(map(str, sorted(numbers)[:10]))
+    # One class for every number up to the highest: numbers that are none of classes would make millions
+    if numbers and (min(numbers) > 0 or max(numbers) > max(1000, 10 * len(numbers))):
         raise InputError(
             "label_column",
             column,
-            f"its labels are {shown}; whole numbers must be 0 to n - 1.",
+            f"its labels are {len(numbers)} numbers from {min(numbers)} to {max(numbers)}; whole numbers must be 0 to n - 1.",
             "Number the classes from 0, or write their names.",
         )
     return [str(number) for number in range(max(numbers, default=-1) + 1)]

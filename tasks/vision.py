@@ -398,14 +398,14 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
 
     is_sample = arguments.dataset_name == SAMPLE
     source = load_source(arguments, HUB_ID, sample=digits_sample)
-    column = _image_column(arguments, source.splits.get("train", next(iter(source.splits.values()))))
+    train_rows = source.splits.get("train", next(iter(source.splits.values())))
+    column = _image_column(arguments, train_rows)
     splits = split_examples(
         arguments,
         source,
         label_candidates=("label", "labels", "fine_label", "target", "class"),
         eval_names=("test", "validation", "valid", "val", "dev"),
-        # Copies of CIFAR-10 may have lost the names of its classes; images of one's own have other classes
-        label_names=LABEL_NAMES if column == "img" else None,
+        label_names=LABEL_NAMES if column == "img" and _is_cifar10(arguments, train_rows) else None,
     )
     num_channels = 1 if is_sample and processor is None else 3
     size = _decoded_size(splits.train, column, processor)
@@ -452,6 +452,14 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
         label_names=splits.label_names,
         source=splits.description,
     )
+
+
+def _is_cifar10(arguments: DataArguments, rows: Dataset) -> bool:
+    """Whether labels are those of a copy of CIFAR-10, which may have lost the names of its classes: 0 to 9, or the names."""
+    if arguments.label_column not in (None, "label") or "label" not in rows.column_names:
+        return False
+    labels = rows.unique("label")
+    return set(labels) == set(range(len(LABEL_NAMES))) or all(isinstance(label, str) for label in labels)
 
 
 def _image_column(arguments: DataArguments, rows: Dataset) -> str:

@@ -343,6 +343,10 @@ TABLE = ["--task", "titanic", "--dataset_name", "sample", "--fold", "0", "--num_
             ["--load_best_model_at_end", "--metric_for_best_model", "held_out_loss"],
             "split that is reported.*Give loss",
         ),
+        (
+            ["--load_best_model_at_end", "--metric_for_best_model", "f1", "--scheduler", "greedy"],
+            "metric_for_best_model='f1'.*steps the 'greedy' scheduler",
+        ),
         (["--load_best_model_at_end", "--controller_split", "0"], "load_best_model_at_end.*--controller_split"),
         (["--save_strategy", "best", "--controller_split", "0"], "save_strategy='best'.*--controller_split"),
         (

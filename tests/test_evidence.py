@@ -167,6 +167,7 @@ def test_the_arena_has_every_task_scheduler_and_rate() -> None:
         ([], "mapping"),
         (TINY | {"sutdies": {}}, "sutdies"),
         (TINY | {"idea": ""}, "idea"),
+        (TINY | {"idea": ["one", "two"]}, "idea: must be text"),
         (TINY | {"studies": [1]}, "mapping"),
         (TINY | {"reference": "arls"}, "arls"),
         (changed(recipe="cifar11"), "no recipe"),
@@ -184,6 +185,14 @@ def test_the_arena_has_every_task_scheduler_and_rate() -> None:
 def test_a_bad_plan_is_refused(tmp_path: Path, content: Any, told: str) -> None:
     with pytest.raises(InputError, match=told):
         read_plan(write_plan(tmp_path, content), [RECIPES])
+
+
+@pytest.mark.parametrize("missing", ["task_name", "learning_rate"])
+def test_a_plans_own_recipe_says_what_its_page_tells(tmp_path: Path, missing: str) -> None:
+    recipe = {"task_name": "titanic", "learning_rate": 1e-3, "num_train_epochs": 1}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({key: recipe[key] for key in recipe if key != missing}))
+    with pytest.raises(InputError, match=f"mine.yaml has no {missing}"):
+        read_plan(write_plan(tmp_path, changed(recipe="mine")), [RECIPES])
 
 
 def test_filters(stored: tuple[Plan, Path]) -> None:

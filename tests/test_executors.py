@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_alrs.config import ALRSConfig
+from hf_alrs.config import ALRSConfig, InputError
 from hf_alrs.experiment import DataArguments
 from hf_alrs.matrix import Experiment, build_matrix, run_matrix
 from hf_alrs.range_test import RangeTestScheduler
@@ -49,6 +49,19 @@ def test_a_killed_worker_is_recorded_and_costs_no_other_cell(tmp_path: Path) -> 
     for spec, record in zip(specs, records, strict=True):
         validate_result(record, spec.file_name)
         assert (record["status"] == "failed") == (spec.seed == 1)
+
+
+def test_a_launched_cell_that_cannot_work_is_refused_and_not_recorded(tmp_path: Path) -> None:
+    experiment = Experiment(
+        task=TASKS["titanic"],
+        data=DataArguments(task_name="titanic", dataset_name="sample"),
+        arguments={"max_steps": 4, "report_to": "none", "label_smoothing_factor": 0.1},
+        alrs_config=ALRSConfig(),
+        launcher=sys.executable,
+    )
+    with pytest.raises(InputError, match=r"label_smoothing_factor=0.1.*has one logit"):
+        run_matrix(experiment, build_matrix("sample", ["linear"], [1e-3], [0]), tmp_path)
+    assert not list(tmp_path.glob("*.json"))
 
 
 LAUNCHER = (

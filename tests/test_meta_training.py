@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_alrs.config import InputError
 from hf_alrs.features import FEATURE_NAMES
+from hf_alrs.meta_training import training
 from hf_alrs.meta_training.bank import Group, group_path, load_group, run_group, save_group
 from hf_alrs.meta_training.command import meta_evaluate_command, read_config
 from hf_alrs.meta_training.evaluation import summarize
@@ -314,6 +315,34 @@ def test_summary_is_weighted_over_tasks_that_can_be_learnt() -> None:
     assert (table["num_tasks"], table["num_groups"], table["mean_restarts"]) == (2, 2, 0.5)
     # (0.2 - 0.3) * 1 and (0.5 - 0.3) * 0.5 deviate; over the total weight of 1.5, with two of one degree of freedom
     assert table["standard_error"] == pytest.approx((2 * (0.1**2 + 0.1**2)) ** 0.5 / 1.5)
+
+
+def test_a_summary_says_what_it_cannot_know() -> None:
+    alone = summarize([{"regret": [[0.1, 0.3]], "weight": [1.0], "restarts": 1.0}])
+    assert alone["standard_error"] is None, "one group says nothing about others"
+    with pytest.raises(InputError, match=r"num_groups=1: in none of the held-out groups"):
+        summarize([{"regret": [[9.0, 9.0]], "weight": [0.0], "restarts": 1.0}])
+
+
+def test_networks_are_distilled_from_one_round_of_states_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a part whose held-out tasks cannot be learnt is left out of the card."""
+    config = MetaTrainingConfig(str(tmp_path), num_groups=1, num_held_out_groups=1, num_tasks=1, num_members=1,
+                                num_rounds=1, num_iterations=3, num_distillation_iterations=3, batch_size=8,
+                                num_short_groups=1, num_held_out_short_groups=1, hidden_sizes=[[4]], max_cost=1.0,
+                                max_short_cost=1.0, num_workers=1, seed=3,
+                                ensemble=[{"hidden_sizes": [4], "seed": 1, "num_iterations": 3}])  # fmt: skip
+
+    def judged(bank: Path, seeds: list[int], network: Path, num_workers: int) -> dict[str, Any]:
+        return summarize(
+            [{"regret": [[0.1, 0.3]], "weight": [float(seed == config.seed)], "restarts": 0.0} for seed in seeds]
+        )
+
+    monkeypatch.setattr(training, "evaluate_held_out", judged)
+    report = meta_train(config)
+    assert report["4"]["mean_regret"] == pytest.approx(0.2)
+    assert report["4-short"] == {"num_tasks": 0, "num_groups": 1}
+    card = (tmp_path / "4" / "README.md").read_text()
+    assert "1 held-out tasks:" in card and "of few steps" not in card
 
 
 def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path: Path) -> None:

@@ -512,6 +512,19 @@ def test_a_seed_that_fails_everywhere_leaves_the_middle_half(tmp_path):
     assert 0 <= found["alrs"] < found["linear"] < 0.5
 
 
+def test_all_schedulers_are_compared_on_the_same_seeds(tmp_path):
+    """As in a comparison that was interrupted, whose tables name one number of seeds."""
+    records = [
+        make_record(scheduler, 1e-3, seed, level=0.2 + 0.1 * seed)
+        for scheduler, seeds in {"alrs": range(4), "linear": range(3), "step": range(2)}.items()
+        for seed in seeds
+    ]
+    overall = summary_of(tmp_path, *records)["overall"]
+    assert overall["num_seeds"] == 2
+    rows = [row for row in overall["interquartile_means"] if row["metric"] == "eval_loss"]
+    assert [row["tuned"]["iqm"] for row in rows] == pytest.approx([0.255] * 3)
+
+
 def test_means_over_tasks_are_of_the_way_left_to_the_best_cell(tmp_path):
     records = [
         make_record(scheduler, 1e-3, task=task, level=level)

@@ -414,7 +414,8 @@ def test_folder_without_weights(tmp_path):
 @pytest.mark.parametrize(
     ("column", "values", "match"),
     [
-        ("label", [2, 4], "its labels are 2, 4"),
+        ("label", [2, 4], "its labels are 2 numbers from 2 to 4"),
+        ("label", [0, 100_000_000], "must be 0 to n - 1"),
         ("x", [1.0, float("inf")], "holds infinity"),
     ],
 )

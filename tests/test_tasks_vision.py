@@ -229,6 +229,17 @@ def test_parquet_with_bytes_and_bare_labels(tmp_path):
     frame.to_parquet(tmp_path / "data" / "test.parquet")
     task = prepare(dataset_name=str(tmp_path / "data"), controller_split=0.25)
     assert task.label_names[3] == "cat" and len(task.controller_dataset) == 10
+    # Other classes in columns of the same names, or of CIFAR-100's
+    for number, others in enumerate(
+        (frame.assign(label=frame.label % 3), frame.rename(columns={"label": "fine_label"}))
+    ):
+        own = tmp_path / f"own-{number}"
+        own.mkdir()
+        others.to_parquet(own / "train.parquet")
+        others.to_parquet(own / "test.parquet")
+        assert prepare(dataset_name=str(own), controller_split=0.25).label_names == [
+            str(label) for label in range((3, 10)[number])
+        ]
 
 
 def test_a_pretrained_classifier_resizes_and_gets_a_new_head(tmp_path):

@@ -230,6 +230,9 @@ def read_plan(path: Path, recipe_folders: Sequence[Path]) -> Plan:
         found = [file for folder in (path.parent, *recipe_folders) if (file := folder / f"{name}.yaml").is_file()]
         if not found:
             raise refuse(place, name, "there is no recipe of this name.")
+        for key in ("task_name", "learning_rate"):
+            if key not in read_yaml(found[0]):
+                raise refuse(place, name, f"its recipe {found[0].name} has no {key}.")
         return found[0]
 
     content = mapping(read_yaml(path), "the plan", _PLAN_KEYS, _PLAN_KEYS)
@@ -253,6 +256,9 @@ def read_plan(path: Path, recipe_folders: Sequence[Path]) -> Plan:
             updated=recipe(values["updated"], name) if values.get("updated") else None,
             pretrained=values.get("pretrained", ""),
         )
+    for key in ("title", "reference", "idea"):
+        if not isinstance(content[key], str):
+            raise refuse(key, content[key], "must be text.")
     find_baseline(content["reference"])
     paragraphs = tuple(" ".join(text.split()) for text in content["idea"].strip().split("\n\n"))
     return Plan(path, content["title"], paragraphs, content["reference"], studies)

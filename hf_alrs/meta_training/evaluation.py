@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import ALRSConfig
+from ..config import ALRSConfig, InputError
 from ..controller import CONTROL_VERSION
 from ..network import MetaLRNetwork
 from .bank import Group, fill_bank, group_path, load_group
@@ -50,17 +50,25 @@ def evaluate_group(group: Group, network: MetaLRNetwork | None, config: ALRSConf
 def summarize(evaluations: Sequence[dict[str, list]]) -> dict[str, object]:
     """
     Weighted mean regret over held-out tasks: overall, by initial rate, and its 90th percentile over runs; the standard
-    error of the mean is over groups (of a ratio of sums, linearised).
+    error of the mean is over groups (of a ratio of sums, linearised), and `None` where there is only one.
+
+    Raises:
+        `InputError`: If no run of any group learns anything, so that there is no regret.
     """
     regret = np.concatenate([np.asarray(e["regret"]) for e in evaluations])
     weight = np.concatenate([np.asarray(e["weight"]) for e in evaluations])
     used = weight > 0
+    if not used.any():
+        rule = "in none of the held-out groups does any run learn anything, so that there is no regret to be told."
+        raise InputError("num_groups", len(evaluations), rule, "Take more groups.")
     by_rate = (regret[used] * weight[used, None]).sum(0) / weight[used].sum()
     mean = float(by_rate.mean())
     sums = [(np.asarray(e["regret"]).mean(1) @ np.asarray(e["weight"]), sum(e["weight"])) for e in evaluations]
     deviations = [total - mean * size for total, size in sums]
-    correction = len(sums) / max(len(sums) - 1, 1)
-    standard_error = math.sqrt(correction * sum(d * d for d in deviations)) / float(weight[used].sum())
+    standard_error = None
+    if len(sums) > 1:
+        correction = len(sums) / (len(sums) - 1)
+        standard_error = math.sqrt(correction * sum(d * d for d in deviations)) / float(weight[used].sum())
     return {
         "mean_regret": mean,
         "standard_error": standard_error,

@@ -10,6 +10,7 @@ gradient where the curve is flat.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -34,6 +35,9 @@ from .evaluation import evaluate_held_out, init_worker
 from .population import GRID_SIZE
 from .rollout import rollout
 from .spec import BRIEF_SEED, EXTENDED_SEED, LARGE_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
+
+
+logger = logging.getLogger(__name__)
 
 
 _HUBER_WEIGHT = 0.03
@@ -537,8 +541,12 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
         tables = {}
         for family, family_seeds in config.held_out_seeds.items():
             if family_seeds:
-                tables[family] = evaluate_held_out(bank, family_seeds, folder, config.num_workers)
-                report[f"{name}-{family}".rstrip("-")] = tables[family]
+                key = f"{name}-{family}".rstrip("-")
+                try:
+                    report[key] = tables[family] = evaluate_held_out(bank, family_seeds, folder, config.num_workers)
+                except InputError as error:  # no reason to give up the networks
+                    logger.warning("Held-out groups %s: %s", key, error.rule)
+                    report[key] = {"num_tasks": 0, "num_groups": len(family_seeds)}
         (output / name / "README.md").unlink(missing_ok=True)  # a card that is there is not written again
         MetaLRNetwork.from_pretrained(str(folder)).save_pretrained(
             output / name, model_card_kwargs=_card(config, tables)
@@ -711,7 +719,7 @@ def _final_networks(config: MetaTrainingConfig, report_progress: Callable[[str, 
                 earlier = MetaLRNetwork.from_pretrained(config.earlier_networks[index])
                 network.load_state_dict(earlier.state_dict())
             # What was visited without a network is left out: no network will come there again.
-            paths = _state_files(config, 0 if config.earlier_networks else 1)
+            paths = _state_files(config, 0 if config.earlier_networks or config.num_rounds == 1 else 1)
             distill(
                 network, [MetaLRNetwork.from_pretrained(str(path)) for path in teachers], _weighted_states(config, paths),
                 config.num_distillation_iterations, config.batch_size, config.learning_rate, config.seed,

@@ -226,22 +226,23 @@ def _without_tuning(task: TaskRuns, reference: str, measured: Iterable[str]) -> 
 # --- over all tasks ---------------------------------------------------------------------------------------------------
 
 
-def _matrix(columns: list[list[Run]], tasks: list[TaskRuns], metric: str) -> np.ndarray:
-    """Final values, `[num_runs, num_columns]`; with unequal numbers of seeds, the first ones of each column."""
-    num_runs = min(map(len, columns))
+def _matrix(columns: list[list[Run]], tasks: list[TaskRuns], metric: str, num_seeds: int) -> np.ndarray:
+    """Final values of the first seeds, `[num_seeds, num_columns]`."""
     values = [
-        [run.final("eval_loss" if metric == "eval_loss" else task.score) for run in column[:num_runs]]
+        [run.final("eval_loss" if metric == "eval_loss" else task.score) for run in column[:num_seeds]]
         for column, task in zip(columns, tasks, strict=True)
     ]
     return np.array(values).T
 
 
-def _distances(columns: list[list[Run]], tasks: list[TaskRuns], metric: str, several: bool) -> np.ndarray:
+def _distances(
+    columns: list[list[Run]], tasks: list[TaskRuns], metric: str, num_seeds: int, several: bool
+) -> np.ndarray:
     """
     [`_matrix`]; of several tasks with 0 for the best cell and 1 for the models before training. In raw units a middle half
     would leave out the tasks with the highest and the lowest values, whoever is judged.
     """
-    values = _matrix(columns, tasks, metric)
+    values = _matrix(columns, tasks, metric, num_seeds)
     for place, task in enumerate(tasks if several else ()):
         name = "eval_loss" if metric == "eval_loss" else task.score
         best = (min if metric == "eval_loss" else max)(task.mean_final(cell, name) for cell in task.cells)
@@ -258,12 +259,12 @@ def _distances(columns: list[list[Run]], tasks: list[TaskRuns], metric: str, sev
     return values
 
 
-def _interquartile_row(tasks: list[TaskRuns], scheduler: str, metric: str) -> dict[str, Any]:
+def _interquartile_row(tasks: list[TaskRuns], scheduler: str, metric: str, num_seeds: int) -> dict[str, Any]:
     several = len(tasks) > 1
-    tuned = _distances([task.tuned_runs(scheduler) for task in tasks], tasks, metric, several)
+    tuned = _distances([task.tuned_runs(scheduler) for task in tasks], tasks, metric, num_seeds, several)
     every = [(task, rate) for task in tasks for rate in task.rates_of(scheduler)]
     columns = [task.cells[scheduler, rate] for task, rate in every]
-    untuned = _distances(columns, [task for task, _ in every], metric, several)
+    untuned = _distances(columns, [task for task, _ in every], metric, num_seeds, several)
     row: dict[str, Any] = {"scheduler": scheduler, "metric": metric, "num_tasks": len(tasks)}
     for name, scores in (("tuned", tuned), ("all_rates", untuned)):
         interval = statistics.stratified_bootstrap(
@@ -277,13 +278,15 @@ def _interquartile_row(tasks: list[TaskRuns], scheduler: str, metric: str) -> di
     return row
 
 
-def _probability_row(tasks: list[TaskRuns], reference: str, other: str, metric: str) -> dict[str, Any]:
+def _probability_row(tasks: list[TaskRuns], reference: str, other: str, metric: str, num_seeds: int) -> dict[str, Any]:
     tasks = [task for task in tasks if reference in task.tuned and other in task.tuned]
 
     def probability(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return statistics.probability_of_improvement(first, second, higher_is_better=metric != "eval_loss")
 
-    matrices = [_matrix([task.tuned_runs(name) for task in tasks], tasks, metric) for name in (reference, other)]
+    matrices = [
+        _matrix([task.tuned_runs(name) for task in tasks], tasks, metric, num_seeds) for name in (reference, other)
+    ]
     interval = statistics.stratified_bootstrap(probability, *matrices, generator=_generator(), confidence=CONFIDENCE)
     return {
         "scheduler": reference,
@@ -326,21 +329,22 @@ def _overall(tasks: list[TaskRuns]) -> dict[str, Any]:
     tasks = [task for task in tasks if any(map(is_baseline, task.schedulers))] or tasks
     # Nor has a task of one seed: the columns of one table have as many runs each
     tasks = [task for task in tasks if min(map(len, task.cells.values())) > 1] or tasks
+    num_seeds = min(len(runs) for task in tasks for runs in task.cells.values())
     schedulers = _all_schedulers(tasks)
     reference = next((task.reference for task in tasks if task.reference), None)
     names, times = profile_times(tasks)
     profile = statistics.performance_profile(times, PROFILE_FACTORS) if times.size else np.empty((0, 0))
     return {
         "tasks": [task.name for task in tasks],
-        "num_seeds": min(len(runs) for task in tasks for runs in task.cells.values()),
+        "num_seeds": num_seeds,
         "interquartile_means": [
-            _interquartile_row(tasks, name, metric)
+            _interquartile_row(tasks, name, metric, num_seeds)
             for metric in ("eval_loss", "score")
             for name in schedulers
             if all(name in task.tuned for task in tasks)  # means over other tasks would not compare
         ],
         "probability_of_improvement": [
-            _probability_row(tasks, reference, other, metric)
+            _probability_row(tasks, reference, other, metric, num_seeds)
             for metric in ("eval_loss", "score")
             for other in schedulers
             if reference is not None

@@ -815,7 +815,9 @@ class ALRSScheduler(LRScheduler):
 
 def _is_restored(buffer: torch.Tensor) -> bool:
     """Whether a buffer goes back with the weights: not whole numbers, which do not train (the weights of a quantised
-    model, places, masks), nor a view of fewer numbers than it shows, which cannot be written to."""
+    model, places, masks), nor a sparse one, nor a view of fewer numbers than it shows, which cannot be written to."""
+    if buffer.is_nested or buffer.layout != torch.strided:
+        return False
     expanded = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
     return (buffer.is_floating_point() or buffer.numel() == 1) and not expanded
 

@@ -99,7 +99,9 @@ def pull_command(arguments: Sequence[str]) -> None:
     parser.add_argument("repo", help="user/name of the dataset.")
     parser.add_argument("--output_dir", type=Path, default=None, help="Default: outputs/hub/user/name.")
     parser.add_argument("--revision", default=None, help="Branch, tag or commit; the newest by default.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace files here that differ, and remove other runs.")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace files here that differ, and remove other runs."
+    )
     options = parser.parse_args(arguments)
     hub.check_repo_id("repo", options.repo)
     output_dir = options.output_dir or Path("outputs", "hub", *options.repo.split("/"))

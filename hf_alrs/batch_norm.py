@@ -45,6 +45,19 @@ def unchanged_random_numbers() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
+@contextmanager
+def unchanged_modes(model: torch.nn.Module) -> Iterator[None]:
+    """Leaves every module in training or evaluation as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        # By its own method, as some layers take their weights into others in `eval()`, and out in `train()`
+        model.train(modes[0][1])
+        for module, mode in modes:
+            module.training = mode
+
+
 class BatchNormStatistics:
     """
     Takes batch-norm's running statistics anew, from a fixed part of the training data.
@@ -110,22 +123,22 @@ class BatchNormStatistics:
         self.look()
         if self._batches is None or not self._moving:
             return
-        modes = [(module, module.training) for module in self._model.modules()]
         kept = [
             (layer, layer.momentum, {name: value.clone() for name, value in layer.named_buffers(recurse=False)})
             for layer in self._moving
         ]
         failed = True
         try:
-            self._model.eval()
-            for layer in self._moving:
-                layer.train()
-                layer.reset_running_stats()
-                layer.momentum = None  # a plain mean over the batches
-            # What was compiled for training would be compiled again for this
-            with unchanged_random_numbers(), torch.compiler.set_stance("force_eager"):
-                for batch in self._batches:
-                    self._forward(batch)
+            with unchanged_modes(self._model):
+                self._model.eval()
+                for layer in self._moving:
+                    layer.train()
+                    layer.reset_running_stats()
+                    layer.momentum = None  # a plain mean over the batches
+                # What was compiled for training would be compiled again for this
+                with unchanged_random_numbers(), torch.compiler.set_stance("force_eager"):
+                    for batch in self._batches:
+                        self._forward(batch)
             failed = False
         except Exception as error:  # whatever a model says to a batch that it is not called with in training
             logger.warning(
@@ -140,5 +153,3 @@ class BatchNormStatistics:
                 for name, value in buffers.items():
                     if failed or not reached or name == "num_batches_tracked":
                         getattr(layer, name).copy_(value)
-            for module, mode in modes:
-                module.training = mode

@@ -21,7 +21,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, has_length
 
-from .batch_norm import BatchNormStatistics, tracking_layers, unchanged_random_numbers
+from .batch_norm import BatchNormStatistics, tracking_layers, unchanged_modes, unchanged_random_numbers
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
 from .features import FEATURE_NAMES
@@ -429,7 +429,7 @@ class ALRSTrainer(Trainer):
             for layer in tracking_layers(self.model):
                 for values in (layer.running_mean, layer.running_var):
                     torch.distributed.broadcast(values, 0)
-        with unchanged_random_numbers():
+        with unchanged_random_numbers(), unchanged_modes(self.model):
             if self._controller_loader is None:
                 # Trainer keeps the loader of persistent workers for every dataset without a name
                 kept = self.__dict__.pop("_eval_dataloaders", None)

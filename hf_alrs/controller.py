@@ -358,7 +358,8 @@ class ALRSController:
     def _probes_pending(self, step: int) -> bool:
         """Whether probes are still to come: those of a run that was not finite when they were due are made later."""
         length = self._num_probes * self._probe_decisions * self.decision_interval
-        return 0 < length <= _LATEST_PROBES * self.num_training_steps - step and self._probe < 0
+        in_time = 0 < length <= _LATEST_PROBES * self.num_training_steps - step
+        return in_time and self._probe < 0 and self.phase != FALLBACK
 
     def _is_fitting(self, step: int, count: int) -> bool:
         return not self.jumped and count >= self._first_jump and not self._probes_pending(step)

@@ -150,11 +150,12 @@ class NamedSchedulerTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        is_checkpoint = kwargs.get("_internal_call", False)  # which training goes on from
-        if self._batch_norm is not None and not is_checkpoint:
+        # Training goes on from the raw weights of a checkpoint
+        averaged = self._batch_norm is not None and not kwargs.get("_internal_call")
+        if averaged:
             self._show_average()
         super().save_model(*args, **kwargs)
-        if self._batch_norm is not None and not is_checkpoint:
+        if averaged:
             self.optimizer.train()
 
     def _show_average(self) -> None:

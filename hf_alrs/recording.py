@@ -48,6 +48,7 @@ class RunRecorder(TrainerCallback):
         self.started = 0.0
         self.training = False
         self.eval_seconds = 0.0
+        self._evaluating = False
         self.accelerator: Any = None
         self.trainer: Trainer | None = None
         self._earlier_phases: list[str | None] = []  # before the checkpoint that the run went on from
@@ -74,11 +75,15 @@ class RunRecorder(TrainerCallback):
             return self.norm
 
         def timed_evaluate(*args: Any, **kwargs: Any) -> dict[str, float]:
+            if self._evaluating:  # one of several sets, each of which Trainer evaluates by the same method
+                return evaluate(*args, **kwargs)
+            self._evaluating = True
             self.pause()
             before = _controller_seconds(trainer)
             try:
                 return evaluate(*args, **kwargs)
             finally:
+                self._evaluating = False
                 # Averaged weights are put into the model, and batch-norm's statistics taken anew, because of how it trains
                 training = _controller_seconds(trainer) - before
                 self.clock += training

@@ -531,9 +531,10 @@ class ALRSScheduler(LRScheduler):
             kept = self._keep(torch.device("cpu"))
             if self._average is not None:
                 kept["average"] = self._average.state_dict(torch.device("cpu"))
-            # Signals are of the step before, on a part of the coordinates. A buffer may hold the infinities of a mask.
+            # Signals are of the step before, on a part of the coordinates. Other buffers may hold the infinities of a mask.
             buffers = range(len(self._parameters), len(self._parameters) + len(self._buffer_names))
-            if all(bool(t.isfinite().all()) for i, t in enumerate(kept["tensors"]) if i not in buffers):
+            weights = [t for i, t in enumerate(kept["tensors"]) if i not in buffers]
+            if all(bool(t.isfinite().all()) for t in (*weights, *self._statistics())):
                 self._good = kept
         self._tell(step, decision)
         self.history[-1].update(
@@ -815,7 +816,9 @@ class ALRSScheduler(LRScheduler):
 
 def _is_restored(buffer: torch.Tensor) -> bool:
     """Whether a buffer goes back with the weights: not whole numbers, which do not train (the weights of a quantised
-    model, places, masks), nor a view of fewer numbers than it shows, which cannot be written to."""
+    model, places, masks), nor a sparse one, nor a view of fewer numbers than it shows, which cannot be written to."""
+    if buffer.is_nested or buffer.layout != torch.strided:
+        return False
     expanded = any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
     return (buffer.is_floating_point() or buffer.numel() == 1) and not expanded
 

@@ -99,7 +99,9 @@ def pull_command(arguments: Sequence[str]) -> None:
     parser.add_argument("repo", help="user/name of the dataset.")
     parser.add_argument("--output_dir", type=Path, default=None, help="Default: outputs/hub/user/name.")
     parser.add_argument("--revision", default=None, help="Branch, tag or commit; the newest by default.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace files here that differ.")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace files here that differ, and remove other runs."
+    )
     options = parser.parse_args(arguments)
     hub.check_repo_id("repo", options.repo)
     output_dir = options.output_dir or Path("outputs", "hub", *options.repo.split("/"))
@@ -119,6 +121,9 @@ def pull_command(arguments: Sequence[str]) -> None:
             f"holds {len(differing)} file(s) that differ from those on the Hub, such as {differing[0]}.",
             "Give another folder, or --overwrite to replace them.",
         )
+    for path in (*output_dir.rglob("*--*.json"), *output_dir.rglob("plots/*.svg")) if options.overwrite else ():
+        if path.relative_to(output_dir).as_posix() not in contents:
+            path.unlink()  # of runs that have been withdrawn
     for name, content in contents.items():
         path = output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)

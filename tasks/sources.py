@@ -7,6 +7,7 @@ built-in sample behave alike from there on. Whatever cannot work raises `InputEr
 
 from __future__ import annotations
 
+import csv
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -194,6 +195,8 @@ def _load_local(path: Path, name: str, given_config: str | None, task_config: st
                 "dataset_name", name, f"a file must end in one of {', '.join(FILE_FORMATS)}.", "Convert it first."
             )
         options = {"sep": "\t"} if suffix == ".tsv" else {}
+        if options and _has_bare_quotes(path):
+            options["quoting"] = csv.QUOTE_NONE
         attempts = [lambda: load_dataset(FILE_FORMATS[suffix], data_files={"train": str(path)}, **options)]
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         attempts = [lambda: load_from_disk(str(path))]
@@ -218,6 +221,12 @@ def _load_local(path: Path, name: str, given_config: str | None, task_config: st
             "dataset_name", name, f"its file {empty.name} is empty.", "Give it rows, or leave it out."
         ) from error
     raise InputError("dataset_name", name, f"cannot be read ({_first_line(error)}).", remedy) from error
+
+
+def _has_bare_quotes(path: Path) -> bool:
+    """Whether quotation marks are a part of the texts, as in most tables with tabs: some line has an odd number of them."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return any(line.count('"') % 2 for line in lines)
 
 
 def _empty_file(path: Path) -> Path | None:
@@ -381,6 +390,10 @@ def encode_labels(rows: Dataset, column: str, names: Sequence[str], split: str) 
         InputError: If a label is missing or is not one of the classes; the message names the row.
     """
     values = rows.with_format(None)[column][:]
+    own = getattr(rows.features[column], "names", None) or []
+    if own and list(own) != list(names) and {name.lower() for name in own} <= {name.lower() for name in names}:
+        # Encoded by itself: a split without one of the classes numbers the others differently
+        values = [own[value] if value is not None and 0 <= value < len(own) else value for value in values]
     if any(isinstance(value, str) for value in values):
         index = {name: number for number, name in enumerate(names)}
         index.update({name.lower(): number for number, name in enumerate(names) if name.lower() not in index})

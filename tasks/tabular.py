@@ -35,6 +35,8 @@ TITANIC_NUMERIC = ("Age", "LogFare", "SibSp", "Parch", "FamilySize")
 TITANIC_CATEGORICAL = ("Pclass", "Sex", "Embarked", "Title")
 # A text column with more values than this is a name or a number plate, not a category.
 MAX_CATEGORIES = 20
+# What counts the rows: `id`, `row_index`, `CustomerId`, and the index that pandas writes along
+_ROW_NUMBER = re.compile(r"(?i:(^|_)(id|idx|index)$|^unnamed: \d+$|^__index_level_\d+__$)|[a-z](Id|ID)$")
 
 
 # --- columns -----------------------------------------------------------------------------------------------------
@@ -99,8 +101,7 @@ def choose_columns(frame: pd.DataFrame, label_column: str) -> tuple[list[str], l
         if name == label_column or values.empty:
             continue
         if pd.api.types.is_numeric_dtype(values):
-            is_row_number = re.search(r"(^|_)(id|idx|index)$", name.lower()) and values.is_unique
-            if not is_row_number:
+            if not (_ROW_NUMBER.search(name) and values.is_unique):
                 numeric.append(name)
         elif values.map(lambda value: isinstance(value, str)).all() and values.nunique() <= MAX_CATEGORIES:
             categorical.append(name)

@@ -65,7 +65,7 @@ class TextProblem:
     config_name: str | None
     columns: tuple[str, ...]
     label_names: tuple[str, ...] | None
-    eval_names: tuple[str, ...] = ("validation", "dev", "test")
+    eval_names: tuple[str, ...] = ("validation", "valid", "val", "dev", "test")
     predict_names: tuple[str, ...] = ("test",)
     model_type: str = "pretrained"
     max_seq_length: int = 128
@@ -88,7 +88,7 @@ PROBLEMS = {
         "mnli",
         ["premise", "hypothesis"],
         ["entailment", "neutral", "contradiction"],
-        eval_names=("validation_matched", "validation", "dev", "test"),
+        eval_names=("validation_matched", "validation", "valid", "val", "dev", "test"),
         predict_names=("test_matched", "test"),
     ),
     "qnli": _glue("qnli", ["question", "sentence"], ["entailment", "not_entailment"]),
@@ -99,7 +99,7 @@ PROBLEMS = {
         None,
         ("text",),
         ("neg", "pos"),
-        eval_names=("test", "validation", "dev"),
+        eval_names=("test", "validation", "valid", "val", "dev"),
         predict_names=(),
         model_type="bilstm",
         max_seq_length=256,
@@ -351,8 +351,8 @@ class Encoder:
     def model_init(self, label_names: Sequence[str] | None) -> Callable[[], PreTrainedModel]:
         """Returns a function that loads the model with a head for these classes (`None`: one regression output)."""
         options = label_options(label_names)
-        if label_names is None:
-            options["problem_type"] = "regression"
+        # Of a checkpoint that was trained for something else it would be that one's
+        options["problem_type"] = "regression" if label_names is None else "single_label_classification"
         num_labels = 1 if label_names is None else len(label_names)
         # A checkpoint that was already fine-tuned on other classes keeps its encoder and gets a new head. Nothing
         # else may differ in shape, so the check stays on for every other checkpoint.

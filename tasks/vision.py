@@ -529,6 +529,8 @@ def _model_init(
         name = arguments.model_name_or_path
         # ImageNet's head of 1,000 classes is replaced; every other shape must match.
         has_other_head = pretrained_config.num_labels != len(label_names)
+        # Of a checkpoint that was trained for something else it would be that one's
+        options["problem_type"] = "single_label_classification"
         return load_pretrained(
             "model",
             name,

@@ -709,16 +709,29 @@ class Merging(torch.nn.Linear):
 
 
 @routes
-def test_layers_that_merge_their_weights_for_an_evaluation(route: str, tmp_path: Path, moving_config: Config) -> None:
-    model = tiny_classifier()
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_layers_that_merge_their_weights_for_an_evaluation(
+    route: str, batch_norm: bool, tmp_path: Path, moving_config: Config
+) -> None:
+    model = tiny_classifier(batch_norm=batch_norm)
     first = next(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     merging = Merging(model.get_submodule(first).in_features)
     frozen = merging.weight.clone()
     model.set_submodule(first, torch.nn.Sequential(merging, model.get_submodule(first)))
-    args = arguments(tmp_path, eval_strategy="steps", eval_steps=4)
-    make_trainer(
-        route, args, moving_config(average_weights=True), model, eval_dataset=tiny_dataset(16, seed=9)
-    ).train()
+    splits = {"controller": tiny_dataset(70, seed=9), "held_out": tiny_dataset(16, seed=10)}
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=12)
+    trainer = make_trainer(route, args, moving_config(average_weights=True), model, eval_dataset=splits)
+    unmerged: list[bool] = []
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            unmerged.append(model.training and not merging.merged)
+
+    trainer.add_callback(Watching())
+    trainer.train()
+    assert all(unmerged)
+    saved = load_file(tmp_path / "checkpoint-12" / "model.safetensors")[f"{first}.0.weight"]
+    torch.testing.assert_close(saved, frozen, rtol=0, atol=1e-6)
     model.train()
     assert merging.up.abs().max() > 1e-3
     torch.testing.assert_close(merging.weight, frozen, rtol=0, atol=1e-6)

@@ -486,6 +486,11 @@ def test_probes_wait_for_a_run_that_is_finite() -> None:
     late = Run(probing_controller(), loss=lambda step, _: math.nan if step < 130 else 1.0).to(160)
     assert "snapshot" not in late.actions.values()
     assert late.decisions[156].phase == "drive"
+    # Nor where the guard has taken over
+    controller = probing_controller(max_restarts=0)
+    troubled = Run(controller, loss=lambda step, c: math.nan if step in (7, 11, 15) else loss(step, c)).to(160)
+    assert troubled.decisions[156].phase == "fallback"
+    assert "snapshot" not in troubled.actions.values()
 
 
 def test_a_run_that_is_never_finite_keeps_a_rate_above_0() -> None:

@@ -179,6 +179,8 @@ def test_the_arena_has_every_task_scheduler_and_rate() -> None:
         (changed(grids=[{"schedulers": ["lienar"], "learning_rates": [1e-3], "seeds": [0]}]), "lienar"),
         (changed(grids=[{"schedulers": ["linear"], "learning_rates": ["1e-3"], "seeds": [0]}]), "1.0e-3"),
         (changed(grids=[{"schedulers": ["linear"], "learning_rates": [1e-3], "seeds": [0.5]}]), "whole"),
+        (changed(grids=[{"schedulers": ["linear"], "learning_rates": [1e-3], "seeds": [-1]}]), "from 0 to"),
+        (changed(grids=[{"schedulers": ["linear"], "learning_rates": [1e-3], "seeds": [True]}]), "whole"),
         (changed(grids=[{"schedulers": ["linear"], "learning_rates": [1e-3], "seeds": 3}]), "lists"),
     ],
 )
@@ -193,6 +195,12 @@ def test_a_plans_own_recipe_says_what_its_page_tells(tmp_path: Path, missing: st
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({key: recipe[key] for key in recipe if key != missing}))
     with pytest.raises(InputError, match=f"mine.yaml has no {missing}"):
         read_plan(write_plan(tmp_path, changed(recipe="mine")), [RECIPES])
+
+
+def test_a_plans_options_may_be_lists(tmp_path: Path) -> None:
+    plan = read_plan(write_plan(tmp_path, changed(options={"hidden_sizes": [64, 64]})), [RECIPES])
+    arguments = plan.studies["tiny"].arguments(tmp_path)
+    assert arguments[arguments.index("--hidden_sizes") :][:3] == ["--hidden_sizes", "64", "64"]
 
 
 def test_filters(stored: tuple[Plan, Path]) -> None:

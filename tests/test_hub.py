@@ -296,6 +296,7 @@ def test_pulling_does_not_replace_other_files(hub: HubServer, results: Path, tmp
     told = message(*run("pull", "alice/digits", "--output_dir", target))
     assert "run-000.json" in told and "--overwrite" in told
     assert contents(target) == before
+    (target / "digits--linear--lr0.001--seed0.json").write_text("{}")  # of a run that has been withdrawn
     assert run("pull", "alice/digits", "--output_dir", target, "--overwrite")[0] == 0
     assert contents(target) == contents(results)
 

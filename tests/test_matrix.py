@@ -98,7 +98,10 @@ def test_the_controllers_seconds_are_a_part_of_the_trainings(tmp_path: Path) -> 
         str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", max_steps=20, disable_tqdm=True
     )
     trainer = ALRSTrainer(
-        tiny_classifier(batch_norm=True), args, train_dataset=tiny_dataset(512), eval_dataset=tiny_dataset(8)
+        tiny_classifier(batch_norm=True),
+        args,
+        train_dataset=tiny_dataset(512),
+        eval_dataset={"one": tiny_dataset(8), "two": tiny_dataset(8)},
     )
     recorder = RunRecorder()
     recorder.attach(trainer)

@@ -343,6 +343,11 @@ def test_networks_are_distilled_from_one_round_of_states_too(tmp_path: Path, mon
     assert report["4-short"] == {"num_tasks": 0, "num_groups": 1}
     card = (tmp_path / "4" / "README.md").read_text()
     assert "1 held-out tasks:" in card and "of few steps" not in card
+    monkeypatch.undo()
+    group_path(tmp_path / "bank", config.seed).write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"group-000003.pt.*cannot be read"):
+        meta_train(config)
+    assert (tmp_path / "4" / "README.md").read_text() == card
 
 
 def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path: Path) -> None:

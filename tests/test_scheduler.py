@@ -1384,13 +1384,14 @@ def test_what_comes_after_the_last_step_finds_the_weights_as_they_are(network_fo
 
 
 class LineWithBuffers(Line):
-    """With a mask's infinities and a view that shows one number three times."""
+    """With a mask's infinities, a view that shows one number three times, and a sparse matrix."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
         self.register_buffer("shown", torch.ones(1).expand(3))
         self.register_buffer("count", torch.zeros(2))
+        self.register_buffer("edges", torch.eye(3).to_sparse_csr())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.count += 1

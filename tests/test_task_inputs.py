@@ -1,6 +1,7 @@
 """Whatever cannot work ends before training, with one message that names the field, the value and the remedy."""
 
 import io
+import json
 import math
 import subprocess
 import sys
@@ -10,14 +11,15 @@ from unittest.mock import MagicMock
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
 
 from hf_alrs.experiment import DataArguments, InputError
 from tasks import TASKS, get_task
-from tasks.sources import class_names, encode_labels
+from tasks.sources import class_names, encode_labels, load_source
+from tasks.tabular import choose_columns
 from tasks.text import train_word_tokenizer
 
 
@@ -519,3 +521,52 @@ def test_images_too_small_for_the_network(tmp_path):
     folder = save_images(tmp_path / "images", lambda label: Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)))
     error = refused(task_name="cifar10", dataset_name=folder)
     assert error.field == "model_type" and "4x4" in error.rule
+
+
+def test_labels_of_a_split_that_was_encoded_by_itself():
+    """A validation split without class a numbers b and c from 0."""
+    names = ["a", "b", "c"]
+    rows = Dataset.from_dict({"label": [0, 1, 0]}, features=Features({"label": ClassLabel(names=["b", "c"])}))
+    assert encode_labels(rows, "label", names, "validation").tolist() == [1, 2, 1]
+    others = rows.cast_column("label", ClassLabel(names=["neg", "pos"]))
+    assert encode_labels(others, "label", names, "validation").tolist() == [0, 1, 0], (
+        "of other names the numbers count"
+    )
+
+
+def test_quotation_marks_in_tables_with_tabs(tmp_path):
+    lines = ["sentence\tlabel", *(f"{'' if n % 3 else chr(34)}text {n}\t{n % 2}" for n in range(60))]
+    (tmp_path / "bare.tsv").write_text("\n".join(lines) + "\n")
+    quoted = [line if n == 0 else '"' + line.replace("\t", '"\t') for n, line in enumerate(lines)]
+    (tmp_path / "quoted.tsv").write_text("\n".join(line.replace('""', '"') for line in quoted) + "\n")
+    for name, first in (("bare", '"text 0'), ("quoted", "text 0")):
+        source = load_source(DataArguments(task_name="sst2", dataset_name=str(tmp_path / f"{name}.tsv")), "")
+        assert len(source.splits["train"]) == 60
+        assert source.splits["train"][0]["sentence"] == first
+
+
+def test_row_numbers_are_not_learnt_from():
+    frame = pd.DataFrame(
+        {name: range(5) for name in ("Unnamed: 0", "CustomerId", "row_index", "id", "paid")} | {"y": 0}
+    )
+    assert choose_columns(frame, "y") == (["paid"], [])
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_an_encoder_that_was_trained_for_something_else(problem_type, tmp_path):
+    folder = save_encoder(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"problem_type": problem_type}))
+    arguments = DataArguments(task_name="imdb", dataset_name="sample", model_name_or_path=folder)
+    assert TASKS["imdb"].prepare(arguments).model_init().config.problem_type == "single_label_classification"
+
+
+def test_a_validation_split_called_val(tmp_path):
+    def split(size):
+        return Dataset.from_dict({"text": [f"text {n}" for n in range(size)], "label": [n % 2 for n in range(size)]})
+
+    DatasetDict(train=split(90), val=split(30)).save_to_disk(str(tmp_path / "own"))
+    task = TASKS["sst2"].prepare(
+        DataArguments(task_name="sst2", dataset_name=str(tmp_path / "own"), model_type="bilstm")
+    )
+    assert len(task.eval_dataset) == 30

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..arguments import recipe_arguments
 from ..config import InputError, read_yaml
 from ..experiment import find_baseline
 from ..matrix import RunSpec, build_matrix, same_setting
@@ -83,9 +84,7 @@ class Study:
         """The study as `hf-alrs compare` takes it, without the grid."""
         arguments = ["--config", str(self.recipe)]
         given = {"dataset_name": dataset_name, "model_name_or_path": model_name_or_path if self.pretrained else None}
-        for key, value in (given | self.options).items():
-            if value is not None:
-                arguments += [f"--{key}", str(value)]
+        arguments += recipe_arguments(given | self.options)
         return [*arguments, "--output_dir", str(output_dir / self.name)]
 
 
@@ -274,6 +273,6 @@ def _read_grid(values: Mapping[str, Any], name: str, refuse: Any) -> Grid:
         if not isinstance(rate, float) or not (0 < rate < math.inf):
             raise refuse(name, rate, "an initial rate must be a number above 0, such as 1.0e-3.")
     for seed in values["seeds"]:
-        if not isinstance(seed, int):
-            raise refuse(name, seed, "a seed must be a whole number.")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise refuse(name, seed, "a seed must be a whole number from 0 to 2**32 - 1.")
     return Grid(tuple(values["schedulers"]), tuple(values["learning_rates"]), tuple(values["seeds"]))

@@ -24,6 +24,10 @@ from .rollout import rollout
 from .spec import POPULATION_VERSION
 
 
+class NothingLearntError(InputError):
+    """Held-out groups in which no run learns anything, so that there is no regret."""
+
+
 def init_worker() -> None:
     """One torch thread a process, so that processes do not fight over cores."""
     torch.set_num_threads(1)
@@ -53,14 +57,14 @@ def summarize(evaluations: Sequence[dict[str, list]]) -> dict[str, object]:
     error of the mean is over groups (of a ratio of sums, linearised), and `None` where there is only one.
 
     Raises:
-        `InputError`: If no run of any group learns anything, so that there is no regret.
+        `NothingLearntError`: If no run of any group learns anything, so that there is no regret.
     """
     regret = np.concatenate([np.asarray(e["regret"]) for e in evaluations])
     weight = np.concatenate([np.asarray(e["weight"]) for e in evaluations])
     used = weight > 0
     if not used.any():
         rule = "in none of the held-out groups does any run learn anything, so that there is no regret to be told."
-        raise InputError("num_groups", len(evaluations), rule, "Take more groups.")
+        raise NothingLearntError("num_groups", len(evaluations), rule, "Take more groups.")
     by_rate = (regret[used] * weight[used, None]).sum(0) / weight[used].sum()
     mean = float(by_rate.mean())
     sums = [(np.asarray(e["regret"]).mean(1) @ np.asarray(e["weight"]), sum(e["weight"])) for e in evaluations]

@@ -31,7 +31,7 @@ from ..controller import CONTROL_VERSION
 from ..features import FEATURE_NAMES, FEATURE_VERSION
 from ..network import MetaLRNetwork
 from .bank import Group, fill_bank, group_path, load_group, load_stored
-from .evaluation import evaluate_held_out, init_worker
+from .evaluation import NothingLearntError, evaluate_held_out, init_worker
 from .population import GRID_SIZE
 from .rollout import rollout
 from .spec import BRIEF_SEED, EXTENDED_SEED, LARGE_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
@@ -544,7 +544,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
                 key = f"{name}-{family}".rstrip("-")
                 try:
                     report[key] = tables[family] = evaluate_held_out(bank, family_seeds, folder, config.num_workers)
-                except InputError as error:  # no reason to give up the networks
+                except NothingLearntError as error:  # no reason to give up the networks
                     logger.warning("Held-out groups %s: %s", key, error.rule)
                     report[key] = {"num_tasks": 0, "num_groups": len(family_seeds)}
         (output / name / "README.md").unlink(missing_ok=True)  # a card that is there is not written again

@@ -51,6 +51,7 @@ def test_a_killed_worker_is_recorded_and_costs_no_other_cell(tmp_path: Path) -> 
         assert (record["status"] == "failed") == (spec.seed == 1)
 
 
+@pytest.mark.slow
 def test_a_launched_cell_that_cannot_work_is_refused_and_not_recorded(tmp_path: Path) -> None:
     experiment = Experiment(
         task=TASKS["titanic"],

@@ -121,9 +121,11 @@ def pull_command(arguments: Sequence[str]) -> None:
             f"holds {len(differing)} file(s) that differ from those on the Hub, such as {differing[0]}.",
             "Give another folder, or --overwrite to replace them.",
         )
-    for path in (*output_dir.rglob("*--*.json"), *output_dir.rglob("plots/*.svg")) if options.overwrite else ():
-        if path.relative_to(output_dir).as_posix() not in contents:
-            path.unlink()  # of runs that have been withdrawn
+    # Runs that have been withdrawn, and plots of them; in folders of these results alone
+    for folder in {(output_dir / name).parent for name in contents} if options.overwrite else ():
+        for path in (*folder.glob("*--*.json"), *(folder.glob("*.svg") if folder.name == "plots" else ())):
+            if path.relative_to(output_dir).as_posix() not in contents:
+                path.unlink()
     for name, content in contents.items():
         path = output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -297,7 +297,12 @@ def test_pulling_does_not_replace_other_files(hub: HubServer, results: Path, tmp
     assert "run-000.json" in told and "--overwrite" in told
     assert contents(target) == before
     (target / "digits--linear--lr0.001--seed0.json").write_text("{}")  # of a run that has been withdrawn
+    other = tmp_path / "mine" / "of-another-comparison" / "digits--linear--lr0.001--seed0.json"
+    other.parent.mkdir()
+    other.write_text("{}")
     assert run("pull", "alice/digits", "--output_dir", target, "--overwrite")[0] == 0
+    other.unlink()
+    other.parent.rmdir()
     assert contents(target) == contents(results)
 
 

@@ -244,9 +244,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     recipe = read_yaml(path)
     if not isinstance(recipe, dict):
         raise InputError("config", str(path), "is not a mapping of options.", "Write `option: value` lines.")
+    recipe = {str(key).replace("-", "_"): value for key, value in recipe.items()}  # as the command line may spell them
     if "config" in recipe:
         raise InputError("config", recipe["config"], f"{path} names another recipe.", "Put its options here.")
-    if "task" in recipe:  # as the command line may spell it
+    if "task" in recipe:
         recipe = {("task_name" if key == "task" else key): value for key, value in recipe.items()}
     return recipe
 
@@ -366,7 +367,7 @@ def _check_training(args: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise InputError(name, getattr(args, name), "must be at least 1.", "Use 1 or more.")
-    for name in ("adam_epsilon", "weight_decay", "dataloader_num_workers"):
+    for name in ("adam_epsilon", "weight_decay", "dataloader_num_workers", "warmup_steps"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(name, getattr(args, name), "must be at least 0.", "Leave it out.")
     for strategy, name in (
@@ -384,6 +385,9 @@ def _check_training(args: TrainingArguments) -> None:
             raise InputError(name, getattr(args, name), "must be at least 0 and below 1.", "Leave it out.")
     if args.max_steps <= 0 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
         raise InputError("num_train_epochs", args.num_train_epochs, "must be above 0.", "Give it, or max_steps.")
+    if args.batch_eval_metrics:
+        rule = "metrics here are of all predictions of an evaluation at once."
+        raise InputError("batch_eval_metrics", True, rule, "Leave it out.")
     checkpoint = args.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise InputError(

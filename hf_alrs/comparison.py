@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from .arguments import SAMPLE, ALRSArguments, CompareArguments, RunArguments, parse
 from .cards import RECIPE_FILE
 from .config import InputError
-from .experiment import DataArguments, Task, find_baseline
+from .experiment import DataArguments, Task, find_baseline, keeps_best
 from .matrix import Experiment, RunSpec, build_matrix, missing, refuse_other_settings, run_matrix
 from .report import build_report
 from .run import check_network, print_dictionary, set_up_logging, take_token
@@ -45,6 +45,10 @@ def read_comparison(
         if changed.get(option):
             rule = "is of a single run; a comparison goes on with what is stored, and predicts nothing."
             raise InputError(option, changed[option], rule, "Leave it out.")
+    if keeps_best(args):
+        option = "load_best_model_at_end" if args.load_best_model_at_end else "save_strategy"
+        rule = "is of a single run; a comparison reports the models that its runs end with."
+        raise InputError(option, changed[option], rule, "Leave it out.")
     if "scheduler" in changed:
         if "schedulers" in changed:
             raise InputError("scheduler", alrs.scheduler, "is given beside schedulers.", "Put it among --schedulers.")

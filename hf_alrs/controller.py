@@ -204,6 +204,8 @@ class ALRSController:
                 "must be a finite number above 0: the rate is multiplied, and 0 stays 0.",
                 "Give any positive rate, for example 1e-4.",
             )
+        if not num_warmup_steps >= 0:
+            raise InputError("num_warmup_steps", num_warmup_steps, "must be at least 0.", "Leave it out.")
         if config.decision_interval == "epoch" and not steps_per_epoch:
             raise InputError(
                 "decision_interval",
@@ -302,7 +304,8 @@ class ALRSController:
 
     def observe_evaluation(self, loss: float, accuracy: float | None = None) -> None:
         """Takes the mean loss on the controller's split, and the accuracy (0 to 1) where the task has one."""
-        self.state = update_evaluation(self.state, loss, accuracy or 0.0)
+        known = float(self.state.eval_accuracy)  # 0 where none has been told
+        self.state = update_evaluation(self.state, loss, known if accuracy is None else float(accuracy))
 
     def decide(self, step: int, signals: Mapping[str, float]) -> Decision:
         """

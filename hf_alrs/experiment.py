@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
 
 from .baselines import BASELINES, Baseline, scheduler_kwargs
 from .batch_norm import BatchNormStatistics
@@ -265,7 +267,8 @@ def build_trainer(
         alrs_config (`ALRSConfig`, *optional*): For ALRS; ablations change it.
 
     Raises:
-        `InputError`: If the scheduler is unknown, or needs a controller split that the task has not.
+        `InputError`: If the scheduler is unknown, or needs a controller split that the task has not, or if Trainer refuses the
+            arguments.
     """
     baseline = find_baseline(scheduler)
     if baseline.optimizer == "schedule_free":
@@ -289,6 +292,8 @@ def build_trainer(
             args.eval_strategy = IntervalStrategy.EPOCH
     elif keeps_best(args):
         args.metric_for_best_model = _metric_for_best(args, prepared)
+    else:  # Trainer would look for it all the same, and gives one with some of the `lr_scheduler_type`s
+        args.metric_for_best_model = None
     if args.label_smoothing_factor > 0 and _has_one_logit(prepared, model):
         raise InputError(
             "label_smoothing_factor",
@@ -312,11 +317,49 @@ def build_trainer(
         from prodigyopt import Prodigy
 
         common["optimizer_cls_and_kwargs"] = (Prodigy, {"lr": 1.0, "weight_decay": args.weight_decay})
-    if baseline.alrs_config is None:
-        trainer: Trainer = NamedSchedulerTrainer(baseline=baseline, **common)
-    else:
-        trainer = ALRSTrainer(alrs_config=replace(alrs_config or ALRSConfig(), **baseline.alrs_config), **common)
+    if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+        rule = f"{type(model).__name__} has none."
+        raise InputError("gradient_checkpointing", True, rule, "Leave it out, or take a pretrained model.")
+    try:
+        if baseline.alrs_config is None:
+            trainer: Trainer = NamedSchedulerTrainer(baseline=baseline, **common)
+        else:
+            trainer = ALRSTrainer(alrs_config=replace(alrs_config or ALRSConfig(), **baseline.alrs_config), **common)
+        if trainer.optimizer_cls_and_kwargs is None:  # else found after the evaluation before training
+            trainer.get_optimizer_cls_and_kwargs(args, model)
+    except InputError:
+        raise
+    except (ImportError, NotImplementedError, ValueError) as error:  # what Trainer finds
+        rule = f"Trainer refuses them: {(str(error).strip() or type(error).__name__).rstrip('.')}."
+        raise InputError(
+            "options", f"{type(model).__name__}, {args.optim}", rule, "Leave out what it names."
+        ) from error
     # The tasks' models take the mean over the batch, whatever they are told of the items in it. Believing otherwise,
     # Trainer multiplies losses, of evaluations too, and gradients by the number of processes and of accumulated batches.
     trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def num_steps_of(checkpoint: str) -> int:
+    """Optimizer steps that the run of a checkpoint has made."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+
+
+def train_from(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
+    """
+    `Trainer.train`, but a run that is at its end already stays as it is: Trainer looks for the end after a step, so that one
+    whose last step does not end an epoch would make a further one each time that it is resumed.
+
+    Args:
+        trainer (`Trainer`): What trains.
+        checkpoint (`str`, *optional*): The folder of the checkpoint to go on from.
+    """
+    if checkpoint is not None:
+        values, num_steps = trainer.set_initial_training_values, num_steps_of(checkpoint)
+
+        def values_at_the_end(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            num_epochs, *others, max_steps = values(*args, **kwargs)
+            return (0 if num_steps >= max_steps else num_epochs, *others, max_steps)
+
+        trainer.set_initial_training_values = values_at_the_end
+    return trainer.train(resume_from_checkpoint=checkpoint)

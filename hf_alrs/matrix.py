@@ -46,7 +46,7 @@ from transformers.training_args import OptimizerNames
 from .baselines import BASELINES, MIN_EVALUATIONS
 from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
-from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline
+from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline, train_from
 from .recording import RunRecorder, clean_scores, hash_tensors
 from .report import read_result
 from .scheduler import ALRSScheduler
@@ -190,7 +190,7 @@ def run_cell(
         if checkpoint := keeper.resume(args):
             earlier, args.eval_on_start = keeper.earlier_seconds, False
         trainer.add_callback(keeper)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train_from(trainer, checkpoint)
         record["results"] = _evaluate_all(trainer, evaluation_sets) | {"epoch": trainer.state.epoch}
         recorder.average_over_processes()
     except InputError:  # of what all cells share: no outcome of this one

@@ -20,17 +20,25 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.training_args import OptimizerNames
 
 from . import cards, hub
 from .arguments import ALRSArguments, RunArguments, parse, read_recipe, task_recipe
 from .callback import CONTROLLER, HISTORY_NAME
 from .config import ALRSConfig, InputError
-from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline, keeps_best
+from .experiment import (
+    DataArguments,
+    PreparedTask,
+    Task,
+    build_trainer,
+    find_baseline,
+    keeps_best,
+    num_steps_of,
+    train_from,
+)
 from .matrix import environment, split_sizes
 from .network import load_network
 
@@ -248,7 +256,10 @@ def _cross_validate(
         fold_args = copy.copy(args)
         fold_args.output_dir = str(Path(args.output_dir) / f"fold-{fold}")
         runs.append(_train_prepared(task, prepared, scheduler, fold_args, config, data.model_name_or_path is not None))
-        references.append({f"eval_{key}": value for key, value in prepared.reference().items()})
+        if args.do_eval:
+            references.append({f"eval_{key}": value for key, value in prepared.reference().items()})
+    if not args.do_eval:
+        return {}
     shared = [key for key in references[0] if key in runs[0]]
     means, reference_means = (
         {key: float(np.mean([scores[key] for scores in folds])) for key in shared} for folds in (runs, references)
@@ -279,7 +290,7 @@ def _train_prepared(
     model = prepared.model_init()
     if not args.do_train and not is_pretrained:
         model = _trained_model(type(model), Path(args.output_dir))
-        _check_inputs(prepared, Path(args.output_dir))
+        _check_inputs(prepared, Path(args.output_dir), model.config)
     trainer = build_trainer(prepared, model, args, scheduler, config)
     for callback in trainer.callback_handler.callbacks:
         # Its own default is known only when training begins, and the evaluation before it would go to ./runs
@@ -305,8 +316,8 @@ def _train_prepared(
         if checkpoint is not None:
             logger.warning("Resuming from %s; give another --output_dir to start afresh.", checkpoint)
         # Now, as its folder may be gone after the training
-        steps_before = _steps_of(checkpoint) if checkpoint is not None else 0
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        steps_before = num_steps_of(checkpoint) if checkpoint is not None else 0
+        result = train_from(trainer, checkpoint)
         trainer.save_model()
         if trainer.state.global_step == steps_before:
             logger.warning("The run in %s was at its end already: nothing was trained.", args.output_dir)
@@ -344,13 +355,22 @@ def _trained_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrain
         raise InputError("output_dir", str(folder), rule, "Add --do_train, or give the folder of a run.") from error
 
 
-def _check_inputs(prepared: PreparedTask, folder: Path) -> None:
+def _check_inputs(prepared: PreparedTask, folder: Path, config: PreTrainedConfig) -> None:
     """
-    That the model in the folder gets inputs as in its training: the words, means and categories are those of the train split.
+    That the model in the folder gets inputs as in its training, and has the same classes: the words, means and categories are
+    those of the train split.
 
     Raises:
-        `InputError`: If another train split has made others.
+        `InputError`: If the classes are others, or another train split has made other inputs.
     """
+    remedy = "Give the run's own data options: dataset_name, max_train_samples, split_seed, fold and the columns."
+    classes = None if config.num_labels == 1 else [config.id2label[number] for number in sorted(config.id2label)]
+    if classes != prepared.label_names:
+        of_model, of_data = (", ".join(names or ["none"]) for names in (classes, prepared.label_names))
+        rule = f"its model has the classes {of_model}, and the data {of_data}."
+        raise InputError("output_dir", str(folder), rule, remedy)
+    if prepared.processing_class is None:
+        return
 
     def content(path: Path) -> Any:
         values = json.loads(path.read_text())
@@ -362,7 +382,6 @@ def _check_inputs(prepared: PreparedTask, folder: Path) -> None:
             now, saved = Path(temporary) / name, folder / name
             if now.is_file() and saved.is_file() and content(now) != content(saved):
                 rule = f"its model was trained with another {name}, made of another train split."
-                remedy = "Give the run's own data options: dataset_name, max_train_samples, split_seed, fold and the columns."
                 raise InputError("output_dir", str(folder), rule, remedy)
 
 
@@ -432,17 +451,13 @@ def _last_checkpoint(folder: Path) -> str | None:
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint as it lies there, if something is."""
     try:
-        _steps_of(str(checkpoint))
+        num_steps_of(str(checkpoint))
     except (OSError, ValueError, TypeError) as error:
         return f"it has no whole {TRAINER_STATE_NAME}, which is saved last ({type(error).__name__})"
     for name in (OPTIMIZER_NAME, SCHEDULER_NAME):  # archives, whose directory is at their end
         if (checkpoint / name).is_file() and not zipfile.is_zipfile(checkpoint / name):
             return f"its {name} is cut off"
     return None
-
-
-def _steps_of(checkpoint: str) -> int:
-    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
 def _predict(trainer: Trainer, prepared: PreparedTask) -> None:

@@ -118,6 +118,7 @@ class ALRSScheduler(LRScheduler):
             )
         if _averages_weights_itself(inner):
             self.config = replace(self.config, average_weights=False)
+        _unshare_rates(inner.param_groups)
         rates = [float(group.get("initial_lr", group["lr"])) for group in inner.param_groups]
         self.controller = ALRSController(
             self.config,
@@ -152,8 +153,6 @@ class ALRSScheduler(LRScheduler):
         self._switched = [inner] if optimizer is inner or hasattr(optimizer, "eval") else [inner, optimizer]
         if self.config.average_weights:
             self._average = WeightAverage(self._parameters, model, num_training_steps)
-            for switched in self._switched:
-                switched.eval, switched.train = self.show_average, self._train_on
         self.batch_norm: BatchNormStatistics | None = None
         self._batch_norm_fresh = False  # whether the model holds statistics of the averaged weights
         self._snapshot: dict[str, Any] | None = None
@@ -177,13 +176,28 @@ class ALRSScheduler(LRScheduler):
         self.loss_remedy = "call `scheduler.observe(loss=loss)` after each forward pass"
         self._closed = False
         self._depth = 0  # calls of the optimizer's `step` under way
-        self._hooks = [
-            inner.register_step_pre_hook(self._before_optimizer_step),
-            inner.register_step_post_hook(self._after_optimizer_step),
-        ]
+        self._attach()
         self._is_first_call = True  # torch's own call of `step`
         super().__init__(optimizer)
         self._is_first_call = False
+
+    def _attach(self) -> None:
+        self._hooks = [
+            self._inner.register_step_pre_hook(self._before_optimizer_step),
+            self._inner.register_step_post_hook(self._after_optimizer_step),
+        ]
+        for switched in self._switched if self._average is not None else ():
+            switched.eval, switched.train = self.show_average, self._train_on
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose optimizer has lost hooks and methods, as torch's optimizers do."""
+        self.__dict__.update(state)
+        self._hooks = []
+        if not self._closed:
+            self._attach()
 
     # What the training loop calls
 
@@ -205,6 +219,8 @@ class ALRSScheduler(LRScheduler):
                 loss = loss.detach()
                 loss = loss.float() if loss.dtype in (torch.float16, torch.bfloat16) else loss
                 loss = loss.mean() if loss.dim() > 0 else loss
+            else:
+                loss = float(loss)  # numpy's numbers are none that `weights_only=True` loads
             if self._loss is None:
                 # A copy, as the caller may write the next loss into the same memory before this one is read
                 self._loss, self._num_losses = loss.clone() if isinstance(loss, torch.Tensor) else loss, 1
@@ -216,7 +232,7 @@ class ALRSScheduler(LRScheduler):
                 loss, number = _finite(loss)
                 self._loss, self._num_losses = self._loss + loss, self._num_losses + number
         if grad_norm is not None:
-            self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else grad_norm
+            self._grad_norm = grad_norm.detach() if isinstance(grad_norm, torch.Tensor) else float(grad_norm)
 
     def observe_evaluation(self, loss: float, accuracy: float | None = None) -> None:
         """
@@ -224,7 +240,8 @@ class ALRSScheduler(LRScheduler):
         of those that tell one is what all decide from.
         """
         if _are_several_processes():  # which might have measured different things, or one alone
-            self._evaluation = (float(loss), accuracy or 0.0)
+            known = float(self.controller.state.eval_accuracy)
+            self._evaluation = (float(loss), known if accuracy is None else float(accuracy))
         else:
             self.controller.observe_evaluation(float(loss), accuracy)
 
@@ -277,7 +294,8 @@ class ALRSScheduler(LRScheduler):
         if self._initial is not None and self.controller.restart_window_over(self._steps):
             self._initial = None
         if self._average is not None and not self.controller.probing:
-            if self._average.is_due(step) and step < self.controller.num_training_steps:
+            made = range(step, min(self._steps, self.controller.num_training_steps))
+            if any(map(self._average.is_due, made)):
                 self._average.update()
             if self._steps >= self.controller.num_training_steps:
                 self._show_average()
@@ -461,14 +479,18 @@ class ALRSScheduler(LRScheduler):
         if self._optimizer_steps > 0:
             self._take_in()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        if not callable(closure):  # some optimizers take a loss there
             self._look_at_gradients()
             return None
         seen = False
 
         def closure_and_look() -> Any:  # whose gradients the step is made from
             nonlocal seen
-            loss = closure()
+            try:
+                loss = closure()
+            except BaseException:  # after which torch calls no hook, and the loop may go on with another step
+                self._depth = 0
+                raise
             if not seen:
                 seen = True
                 self._look_at_gradients()
@@ -616,8 +638,11 @@ class ALRSScheduler(LRScheduler):
         for index, values in kept["optimizer"].items():
             parameter, group = places[index]
             self._inner.state[parameter] = _mapped(values, partial(_cloned_beside, parameter=parameter, group=group))
-        for group, numbers in zip(groups, kept["groups"], strict=False):  # later groups had none then
-            group.update(numbers)
+        present = _numbers_of_groups(self._inner)
+        for group, now, then in zip(groups, present, kept["groups"], strict=False):  # later groups had none then
+            for name in now.keys() - then.keys():  # of optimizers that begin to count at their first step
+                del group[name]
+            group.update(then)
 
     def _take_in(self) -> None:
         """Layers that thaw are averaged, restarted and rolled back with the others, to what they are now at the earliest."""
@@ -658,8 +683,10 @@ class ALRSScheduler(LRScheduler):
 
     def _set_rates(self) -> None:
         groups = self.optimizer.param_groups
-        for group in groups[len(self.base_lrs) :]:  # after the start, as when layers thaw
-            self.base_lrs.append(float(group.setdefault("initial_lr", group["lr"])))
+        added = groups[len(self.base_lrs) :]  # after the start, as when layers thaw
+        _unshare_rates(added)
+        for group in added:
+            self.base_lrs.append(float(group.setdefault("initial_lr", float(group["lr"]))))
         rates = self.get_lr()
         for group, rate in zip(groups, rates, strict=True):
             if isinstance(group["lr"], torch.Tensor):
@@ -800,6 +827,8 @@ class ALRSScheduler(LRScheduler):
         self._told = set(state_dict["told"])
         self._initial_buffers = [] if state_dict["optimizer_steps"] else self._copied_buffers()
         self._steps, self._optimizer_steps = state_dict["steps"] + 0, state_dict["optimizer_steps"] + 0
+        if self._initial is None and self._optimizer_steps and not self.controller.restart_window_over(self._steps):
+            self.controller.restarts = self.config.max_restarts  # there is nothing to go back to
         self._pending = [tuple(entry) for entry in state_dict["pending"]]
         self._signals, self._loss, self._num_losses, self._grad_norm = None, None, 1, None
         self._evaluation = None
@@ -899,6 +928,13 @@ def _numbers_of_groups(optimizer: Optimizer) -> list[dict[str, float]]:
         {key: value for key, value in group.items() if type(value) in (int, float) and key not in ("lr", "initial_lr")}
         for group in optimizer.param_groups
     ]
+
+
+def _unshare_rates(groups: list[dict[str, Any]]) -> None:
+    """A rate that is a tensor is one for all groups that were given none of their own, later ones too."""
+    for group in groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = group["lr"].clone()
 
 
 def _are_several_processes() -> bool:

@@ -76,6 +76,10 @@ def _result_uploads(folder: Path, repo_id: str, space: bool) -> list[hub.Upload]
             f"holds {len(runs)} runs and a report of {summary['plan']['num_runs']}.",
             again,
         )
+    failed, told = sum(not run.completed for run in runs), len(summary["failures"])
+    if failed != told:
+        rule = f"{failed} of its runs did not complete, and {told} of those of its report."
+        raise InputError("results_dir", str(folder), rule, again)
     kept = [run.path for run in runs] + [folder / name for name in (REPORT_FILE, "report.md", "report.html")]
     kept += sorted((folder / "plots").glob("*.svg"))
     files: dict[str, Path | bytes] = {

@@ -71,16 +71,17 @@ class Accuracy(OfflineMetric):
 
 
 class F1(OfflineMetric):
-    """F1 of class 1 for two classes (`average="binary"`), the unweighted mean over classes for more (`"macro"`)."""
+    """F1 of the class `pos_label` for two classes (`average="binary"`), the unweighted mean over classes for more (`"macro"`)."""
 
     summary = "Harmonic mean of precision and recall."
 
     def _compute(
-        self, predictions: Sequence[int], references: Sequence[int], average: str = "binary"
+        self, predictions: Sequence[int], references: Sequence[int], average: str = "binary", pos_label: int = 1
     ) -> dict[str, float]:
         from sklearn.metrics import f1_score
 
-        return {"f1": float(f1_score(references, predictions, average=average, zero_division=0))}
+        score = f1_score(references, predictions, average=average, pos_label=pos_label, zero_division=0)
+        return {"f1": float(score)}
 
 
 class MatthewsCorrelation(OfflineMetric):
@@ -146,10 +147,11 @@ class ClassificationMetrics:
     Args:
         num_classes (`int`): Two give the binary F1, more the macro F1.
         matthews (`bool`): Whether to add `matthews_correlation`.
+        positive (`int`): The class that the binary F1 is of.
     """
 
-    def __init__(self, num_classes: int, matthews: bool = False):
-        self.average = "binary" if num_classes == 2 else "macro"
+    def __init__(self, num_classes: int, matthews: bool = False, positive: int = 1):
+        self.f1_options = {"average": "binary", "pos_label": positive} if num_classes == 2 else {"average": "macro"}
         self.metrics: list[OfflineMetric] = [Accuracy(), F1()] + ([MatthewsCorrelation()] if matthews else [])
 
     def __call__(self, prediction: Any) -> dict[str, float]:
@@ -157,7 +159,7 @@ class ClassificationMetrics:
         references = np.asarray(prediction.label_ids).reshape(-1).astype(np.int64)
         results: dict[str, float] = {}
         for metric in self.metrics:
-            options = {"average": self.average} if isinstance(metric, F1) else {}
+            options = self.f1_options if isinstance(metric, F1) else {}
             results.update(metric.compute(predictions=predictions, references=references, **options))
         return results
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,33 @@ class LabelledSplits:
     label_names: list[str] | None
     description: str
     notes: list[str] = field(default_factory=list)
+    positive: int = 1  # class that the binary F1 is of
+
+    def numbered_as(self, id2label: Mapping[int, str]) -> LabelledSplits:
+        """
+        Returns the splits with the classes numbered as a pretrained model numbers them, where it has the same classes by name
+        (letter case aside): its head would take one for the other. Otherwise they stay as they are.
+
+        Args:
+            id2label (`Mapping[int, str]`): The entry of the model's config.
+        """
+        names = [str(name).lower() for name in self.label_names or ()]
+        order = [str(id2label[number]).lower() for number in sorted(id2label)]
+        if order == names or sorted(order) != sorted(names) or len(set(names)) < len(names):
+            return self
+        new = np.array([order.index(name) for name in names], dtype=np.int64)
+
+        def numbered(part: Part | None) -> Part | None:
+            return part if part is None or part.labels is None else replace(part, labels=new[part.labels])
+
+        return replace(
+            self,
+            train=numbered(self.train),
+            controller=numbered(self.controller),
+            eval=numbered(self.eval),
+            label_names=[self.label_names[old] for old in np.argsort(new)],
+            positive=int(new[self.positive]),
+        )
 
 
 def nearest_match(name: str, candidates: Sequence[str]) -> str:
@@ -113,8 +140,10 @@ def check_arguments(arguments: DataArguments) -> None:
             "must be a share of train in [0, 1).",
             "The default is 0.1; 0 carves no controller split.",
         )
-    if arguments.split_seed < 0:
-        raise InputError("split_seed", arguments.split_seed, "must not be negative.", "Give --split_seed 0 or more.")
+    if not 0 <= arguments.split_seed < 2**32:
+        raise InputError(
+            "split_seed", arguments.split_seed, "must be 0 to 2**32 - 1.", "Give for example --split_seed 0."
+        )
     if arguments.num_folds < 2:
         raise InputError("num_folds", arguments.num_folds, "must be at least 2.", "The default is 5.")
     if arguments.fold is not None and not 0 <= arguments.fold < arguments.num_folds:
@@ -214,13 +243,28 @@ def _load_local(path: Path, name: str, given_config: str | None, task_config: st
         except Exception as caught:
             error = error or caught
             continue
-        return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+        return {"train": loaded} if isinstance(loaded, Dataset) else _labelled_images(path, dict(loaded))
     empty = _empty_file(path)
     if empty is not None:
         raise InputError(
             "dataset_name", name, f"its file {empty.name} is empty.", "Give it rows, or leave it out."
         ) from error
     raise InputError("dataset_name", name, f"cannot be read ({_first_line(error)}).", remedy) from error
+
+
+def _labelled_images(path: Path, loaded: dict[str, Dataset]) -> dict[str, Dataset]:
+    """
+    The splits of a folder, read one by one where they are images without labels: `datasets` reads none from the names of folders
+    if the images of any split, such as a test split to predict, are in no folder of a class.
+    """
+    from datasets import load_dataset
+
+    if len(loaded) < 2 or any(rows.column_names != ["image"] for rows in loaded.values()):
+        return loaded
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    if "train" not in {folder.name for folder in folders}:
+        return loaded
+    return {folder.name: load_dataset("imagefolder", data_dir=str(folder), split="train") for folder in folders}
 
 
 def _has_bare_quotes(path: Path) -> bool:
@@ -291,7 +335,14 @@ def _first_line(error: Exception | None) -> str:
     # `DatasetGenerationError` only says that something went wrong; what it was is its cause.
     if error is not None and type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[0]
+    if type(error).__name__ == "DatasetGenerationCastError" and len(lines) > 1:  # of files whose columns differ
+        text = lines[1]
+    elif (
+        type(error).__name__ == "CastError"
+    ):  # the same; between its first and last line are the columns and their types
+        text = " ".join(lines)
     return f"{type(error).__name__}: {text[:200]}"
 
 

@@ -152,6 +152,8 @@ def prepare_text(arguments: DataArguments) -> PreparedTask:
         label_names=problem.label_names,
         target_range=STSB_RANGE if problem.label_names is None else None,
     )
+    if encoder is not None:
+        splits = splits.numbered_as(encoder.config.id2label)
     columns = _text_columns(arguments, problem, splits.train.rows, is_own=_is_own_data(arguments, problem))
     train_texts = read_texts(splits.train, columns)
 
@@ -180,7 +182,7 @@ def prepare_text(arguments: DataArguments) -> PreparedTask:
         compute_metrics: Callable[[Any], dict[str, float]] = RegressionMetrics()
         metric_for_best = "eval_spearmanr"
     else:
-        compute_metrics = ClassificationMetrics(len(splits.label_names), matthews=problem.matthews)
+        compute_metrics = ClassificationMetrics(len(splits.label_names), problem.matthews, splits.positive)
         metric_for_best = "eval_matthews_correlation" if problem.matthews else "eval_accuracy"
     return PreparedTask(
         train_dataset=encoded(splits.train, train_texts),

@@ -407,6 +407,8 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
         eval_names=("test", "validation", "valid", "val", "dev"),
         label_names=LABEL_NAMES if column == "img" and _is_cifar10(arguments, train_rows) else None,
     )
+    if pretrained_config is not None:
+        splits = splits.numbered_as(pretrained_config.id2label)
     num_channels = 1 if is_sample and processor is None else 3
     size = _decoded_size(splits.train, column, processor)
     if model_type == "cnn" and min(size) < MIN_CNN_SIZE:
@@ -447,7 +449,7 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
         predict_dataset=dataset("predict", plain),
         model_init=_model_init(model_type, arguments, pretrained_config, splits.label_names, size, num_channels),
         data_collator=default_data_collator,
-        compute_metrics=ClassificationMetrics(len(splits.label_names)),
+        compute_metrics=ClassificationMetrics(len(splits.label_names), positive=splits.positive),
         processing_class=processor,
         label_names=splits.label_names,
         source=splits.description,

@@ -90,3 +90,26 @@ def test_logged_losses_are_means_of_the_batch(scheduler: str, accumulation: int,
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx([0.693, 0.693], abs=0.1)
+
+
+@pytest.mark.parametrize("lr_scheduler_type", ["greedy", "reduce_lr_on_plateau"])
+def test_the_metric_that_goes_with_a_scheduler_of_transformers_is_not_looked_for(
+    lr_scheduler_type: str, prepared, tmp_path
+) -> None:
+    args = TrainingArguments(
+        str(tmp_path), eval_strategy="epoch", lr_scheduler_type=lr_scheduler_type, save_strategy="no", report_to="none"
+    )
+    assert args.metric_for_best_model is not None
+    build_trainer(prepared, prepared.model_init(), args, "alrs", ALRSConfig(network="scratch"))
+    assert args.metric_for_best_model is None
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"gradient_checkpointing": True}, "gradient_checkpointing"), ({"optim": "galore_adamw"}, "options")],
+)
+def test_what_trainer_refuses_is_told_before_anything_is_run(options, field, prepared, tmp_path) -> None:
+    args = TrainingArguments(str(tmp_path), report_to="none", **options)
+    with pytest.raises(InputError) as caught:
+        build_trainer(prepared, prepared.model_init(), args, "alrs", ALRSConfig(network="scratch"))
+    assert caught.value.field == field

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from hf_alrs.arguments import (
 from hf_alrs.callback import ALRSCallback
 from hf_alrs.cli import train_or_compare
 from hf_alrs.comparison import read_comparison
-from hf_alrs.config import InputError
+from hf_alrs.config import ALRSConfig, InputError
 from hf_alrs.experiment import DataArguments
-from hf_alrs.run import train
+from hf_alrs.run import _check_inputs, _cross_validate, train
 from tasks import TASKS
 
 
@@ -126,6 +127,40 @@ def test_a_mapping_in_a_recipe_is_an_option_of_json(tmp_path: Path) -> None:
     recipe.write_text("lr_scheduler_kwargs: {min_lr: 1.0e-6}\n")
     _, (*_, args), _ = parse(["--task_name", "sst2", "--config", str(recipe)], TYPES, TASKS, "sst2")
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+def test_a_recipe_may_spell_options_as_the_command_line_does(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("task-name: cifar10\ndataset-name: sample\nmax-steps: 3\n")
+    task, (data, *_, args), _ = parse(["--config", str(recipe)], TYPES, TASKS, "sst2")
+    assert (task.name, data.dataset_name, args.max_steps) == ("cifar10", "sample", 3)
+
+
+def test_folds_without_an_evaluation_leave_the_scores_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_alrs.run._train_prepared", lambda *arguments: {})
+    (tmp_path / "eval_results.json").write_text("kept")
+    args = TrainingArguments(str(tmp_path), do_train=True, report_to="none")
+    data = DataArguments(task_name="titanic", dataset_name="sample")
+    assert _cross_validate(TASKS["titanic"], data, "alrs", args, ALRSConfig()) == {}
+    assert (tmp_path / "eval_results.json").read_text() == "kept"
+
+
+def test_evaluating_alone_asks_for_the_classes_that_the_model_has(tmp_path: Path) -> None:
+    prepared = TASKS["titanic"].prepare(DataArguments(task_name="titanic", dataset_name="sample"))
+    config = prepared.model_init().config
+    _check_inputs(prepared, tmp_path, config)
+    _check_inputs(replace(prepared, processing_class=None), tmp_path, config)
+    with pytest.raises(InputError, match=r"the classes .*, and the data no, yes"):
+        _check_inputs(replace(prepared, label_names=["no", "yes"]), tmp_path, config)
+
+
+@pytest.mark.parametrize("option", ["--load_best_model_at_end True --eval_strategy epoch", "--save_strategy best"])
+def test_a_comparison_chooses_no_best_model(option: str, tmp_path: Path) -> None:
+    arguments = ["--task", "titanic", "--dataset_name", "sample", "--output_dir", str(tmp_path), *option.split()]
+    with pytest.raises(InputError, match=r"(load_best_model_at_end|save_strategy)=.*comparison"):
+        read_comparison([*arguments, "--metric_for_best_model", "f1", "--seeds", "0", "1"], TASKS, "titanic")
 
 
 def test_recipe_that_is_no_mapping(tmp_path: Path) -> None:
@@ -232,6 +267,8 @@ def test_vision_script_end_to_end(tmp_path: Path) -> None:
     [
         (["--learning_rate=-0.001"], "learning_rate=-0.001"),
         (["--learning_rate", "nan"], "learning_rate=nan"),
+        (["--warmup_steps", "nan"], "warmup_steps=nan"),
+        (["--batch_eval_metrics", "True"], "batch_eval_metrics=True"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size=0"),
         (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size=0"),
         (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),

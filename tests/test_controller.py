@@ -612,3 +612,18 @@ def test_a_run_that_is_made_longer_goes_on_learning() -> None:
     longer = make_controller(network_saying(0.5), num_training_steps=2 * T)
     longer.load_state_dict(saved(first.controller))
     assert longer.learning_rate(T + 10) > 0
+
+
+def test_an_evaluation_without_an_accuracy_says_nothing_of_it() -> None:
+    controller = make_controller()
+    controller.observe_evaluation(1.0)
+    assert controller.state.eval_accuracy == 0.0
+    controller.observe_evaluation(1.0, 0.9)
+    controller.observe_evaluation(0.8)
+    assert controller.state.eval_accuracy == controller.state.eval_best_accuracy == 0.9
+
+
+@pytest.mark.parametrize("steps", [-1, math.nan])
+def test_a_warmup_that_cannot_be_is_refused(steps: float) -> None:
+    with pytest.raises(InputError, match="num_warmup_steps"):
+        make_controller(num_warmup_steps=steps)

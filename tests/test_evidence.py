@@ -249,6 +249,9 @@ def test_rows_of_other_data_are_not_mixed(stored: tuple[Plan, Path], no_runs: No
         run(plan, folder)
     run(plan, folder, "--skip_studies", "tiny")
     run(plan, folder, "--report_only")
+    for option in ("--studies", "--skip_studies"):
+        with pytest.raises(InputError, match="report_only"):
+            run(plan, folder, "--report_only", option, "tiny")
 
 
 def test_data_by_another_spelling_of_its_path_are_the_same(stored: tuple[Plan, Path], tmp_path: Path) -> None:

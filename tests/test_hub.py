@@ -218,6 +218,9 @@ def test_publishing_again(hub: HubServer, results: Path, run: Callable) -> None:
     told = message(*run("publish", results, "--repo", "alice/digits"))
     assert "already" in told and "--overwrite" in told
     assert (contents(results), repo.head) == (before, head)
+    record = json.loads((results / "run-003.json").read_text())
+    (results / "run-003.json").write_text(json.dumps(record | {"status": "failed", "error": "it was killed"}))
+    assert "did not complete" in message(*run("publish", results, "--repo", "alice/digits", "--overwrite"))
     (results / "run-003.json").unlink()
     assert "hf-alrs report" in message(*run("publish", results, "--repo", "alice/digits", "--overwrite"))
     assert run("report", results)[0] == 0

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hf_alrs.config import InputError
-from hf_alrs.report import build_report, load_runs, summarize, validate_result
+from hf_alrs.report import build_report, load_runs, plots, summarize, validate_result
 from hf_alrs.report.leaderboard import build_leaderboard
 from hf_alrs.report.plots import scheduler_styles
 from hf_alrs.report.runs import SCHEMA_FILE, group_by_task
@@ -725,3 +725,35 @@ def test_page_fits_its_window(report, tmp_path, width):
     assert found["width"] <= width
     assert found["narrowest"] >= 0.35 * width and found["rightmost"] <= width
     assert found["captions"] <= width
+
+
+def test_cells_without_a_common_seed_are_told_as_such(tmp_path):
+    mine = store(tmp_path / "mine", *[make_record("alrs", 1e-3, seed) for seed in SEEDS])
+    theirs = store(tmp_path / "theirs", *[make_record("linear", 1e-3, seed) for seed in SEEDS])
+    summary = summarize(load_runs([mine, theirs]))
+    texts = " ".join(sentence["text"] for sentence in summary["conclusion"])
+    assert "have no seed in common" in texts and "one seed" not in texts
+    assert all(
+        "in the comparisons that have it" in text for text in summary["plan"]["checks"] if "was not run" in text
+    )
+
+
+def test_no_choice_of_a_rate_is_told_of_where_none_was_made(tmp_path):
+    records = [make_record("alrs", 1e-3, seed) for seed in SEEDS] + [
+        make_record("linear", 1e-4, seed) for seed in SEEDS
+    ]
+    texts = summary_of(tmp_path / "one", *records)["analysis"]
+    assert not any("moves least" in text or "best rate was chosen" in text for text in texts)
+    records += [make_record("linear", 1e-3, seed) for seed in SEEDS]
+    texts = summary_of(tmp_path / "two", *records)["analysis"]
+    assert sum("moves least" in text or "best rate was chosen" in text for text in texts) == 2
+
+
+def test_the_profile_is_drawn_from_the_tasks_of_its_table(tmp_path, monkeypatch):
+    records = [make_record(name, 1e-3, seed) for name in ("alrs", "linear") for seed in SEEDS]
+    single = [make_record(name, 1e-3, task="cifar10") for name in ("alrs", "linear", "step")]
+    runs = load_runs([store(tmp_path / "runs", *records, *single)])
+    summary, drawn = summarize(runs), []
+    monkeypatch.setattr(plots, "_profile", lambda tasks, styles: drawn.append([task.name for task in tasks]))
+    plots.draw_plots(group_by_task(runs), summary)
+    assert drawn == [summary["overall"]["tasks"]] == [["sst2"]]

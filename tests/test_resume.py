@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, InputError, get_scheduler
 from hf_alrs.callback import HISTORY_NAME
-from hf_alrs.experiment import NamedSchedulerTrainer, find_baseline
+from hf_alrs.experiment import NamedSchedulerTrainer, find_baseline, train_from
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -503,3 +503,32 @@ def test_the_network_of_a_checkpoint_wins_over_the_configured_one(network: str, 
     trainer = make_trainer("trainer", args, config_for(str(tmp_path / "other")))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert_same(outcome(trainer), expected)
+
+
+@pytest.mark.parametrize("name", ["alrs", "constant"])
+def test_a_run_that_is_at_its_end_makes_no_further_step(name: str, tmp_path: Path) -> None:
+    def trainer() -> Trainer:
+        set_seed(0)
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=5,  # in the middle of an epoch
+            per_device_train_batch_size=8,
+            save_strategy="steps",
+            save_steps=5,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        common = {"model": tiny_classifier(), "args": args, "train_dataset": tiny_dataset()}
+        if name == "alrs":
+            return ALRSTrainer(alrs_config=ALRSConfig(network="scratch"), **common)
+        return NamedSchedulerTrainer(baseline=find_baseline(name), **common)
+
+    first = trainer()
+    train_from(first, None)
+    weights = load_file(tmp_path / "checkpoint-5" / "model.safetensors")
+    for _ in range(2):
+        again = trainer()
+        train_from(again, str(tmp_path / "checkpoint-5"))
+        assert again.state.global_step == 5
+        assert all(torch.equal(weights[key], value) for key, value in again.model.state_dict().items())

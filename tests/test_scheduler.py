@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import schedulefree
 import torch
@@ -1423,3 +1428,122 @@ def test_a_restart_brings_back_buffers(quiet: Config, saved_at_the_start: bool) 
     assert scheduler.controller.restarts == 1
     assert model.count.tolist() == [0.0, 0.0]
     assert model.a.item() == 0.0
+
+
+class CountsFromItsFirstStep(torch.optim.SGD):
+    """Has its step counter in the groups, from the first step on."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        return super().step(closure)
+
+
+def test_a_restart_takes_away_counters_that_began_with_the_first_step(quiet: Config) -> None:
+    model = tiny_classifier()
+    optimizer = CountsFromItsFirstStep(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(says=-3.0, max_restarts=1, restart_window=1.0), model=model)
+    train_classifier(model, optimizer, scheduler, 2 * K + 1)
+    assert scheduler.last_decision.action == "restart"
+    assert "step" not in optimizer.param_groups[0]
+
+
+def test_a_rate_that_is_a_tensor_belongs_to_one_group(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.Adam([model.a], torch.tensor(0.01))
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(says=1.0))
+    train(model, optimizer, scheduler, 3 * K)
+    optimizer.add_param_group({"params": [model.b]})
+    train(model, optimizer, scheduler, 1)
+    first, second = (float(group["lr"]) for group in optimizer.param_groups)
+    assert first > 0.02 and second == first == pytest.approx(scheduler.get_last_lr()[1])
+    assert [float(group["initial_lr"]) for group in optimizer.param_groups] == pytest.approx([0.01, 0.01])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["copy", "pickle"])
+def test_a_copy_of_a_run_goes_on_as_the_run(way: Callable[[Any], Any], quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(says=0.3, average_weights=True), model=model)
+    train(model, optimizer, scheduler, 10)
+    other = way((model, optimizer, scheduler))
+    for each in ((model, optimizer, scheduler), other):
+        each[1].train()
+        train(*each, T - 10)
+    assert other[2].last_epoch == T and other[1].param_groups[0]["lr"] == 0
+    assert (other[0].a, other[0].b) == (model.a, model.b) and model.a != 0
+
+
+def test_a_resumed_run_that_has_nothing_to_go_back_to_is_not_restarted(quiet: Config) -> None:
+    def begin(max_restarts: int) -> tuple[nn.Module, torch.optim.Optimizer, ALRSScheduler]:
+        model = tiny_classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        config = quiet(says=-3.0, max_restarts=max_restarts, restart_window=1.0)
+        return model, optimizer, ALRSScheduler(optimizer, T, config=config, model=model)
+
+    model, optimizer, scheduler = begin(0)
+    train_classifier(model, optimizer, scheduler, K)
+    state = scheduler.state_dict()
+    model, optimizer, scheduler = begin(1)
+    scheduler.load_state_dict(state)
+    train_classifier(model, optimizer, scheduler, K + 1)
+    assert scheduler.last_decision.log_multiplier == pytest.approx(-3.0)
+    assert scheduler.last_decision.action != "restart"
+
+
+def test_numbers_of_numpy_are_numbers_of_a_checkpoint(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    loss_of(model, X).backward()
+    optimizer.step()
+    scheduler.observe(loss=np.float32(0.5), grad_norm=np.float64(2.0))
+    scheduler.step()
+    file = io.BytesIO()
+    torch.save(scheduler.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["pending"][0][2:] == [0.5, 2.0]
+
+
+def test_what_a_closure_raises_does_not_hide_the_next_step(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+
+    def out_of_memory() -> torch.Tensor:
+        raise MemoryError
+
+    for closure in (out_of_memory, lambda: loss_of(model, X)):
+        with contextlib.suppress(MemoryError):
+            optimizer.step(closure)
+            scheduler.step()
+    assert scheduler.last_epoch == 1
+
+
+class TakesALoss(torch.optim.SGD):
+    def step(self, loss: Any = None) -> None:
+        self.seen = loss
+        super().step()
+
+
+def test_what_is_no_closure_reaches_the_optimizer(quiet: Config) -> None:
+    model = Line()
+    optimizer = TakesALoss(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet())
+    loss = loss_of(model, X)
+    loss.backward()
+    optimizer.step(loss)
+    scheduler.step()
+    assert optimizer.seen is loss and scheduler.last_epoch == 1
+
+
+def test_several_optimizer_steps_for_a_call_leave_the_average_its_own(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, 512, config=quiet(average_weights=True), model=model)  # due at every fourth
+    for _ in range(8):
+        loss_of(model, X).backward()
+        optimizer.step()
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.state_dict()["average"]["num_updates"] == 4

@@ -81,6 +81,7 @@ def test_unknown_task():
         ({"controller_split": 1.0}, "controller_split"),
         ({"controller_split": -0.1}, "controller_split"),
         ({"split_seed": -1}, "split_seed"),
+        ({"split_seed": 2**32}, "split_seed"),
         ({"num_folds": 1}, "num_folds"),
         ({"fold": 5}, "fold"),
         ({"model_type": "lstm"}, "model_type"),
@@ -570,3 +571,26 @@ def test_a_validation_split_called_val(tmp_path):
         DataArguments(task_name="sst2", dataset_name=str(tmp_path / "own"), model_type="bilstm")
     )
     assert len(task.eval_dataset) == 30
+
+
+def test_files_with_other_columns_are_told_by_their_columns(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
+    (tmp_path / "test.csv").write_text("review,label\nc,0\n")
+    assert "columns" in refused(task_name="imdb", dataset_name=str(tmp_path)).rule
+
+
+def test_images_to_predict_need_no_folder_of_a_class(tmp_path):
+    from PIL import Image
+
+    def save(path, shade):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (shade, shade, shade)).save(path)
+
+    for name, shade in (("dark", 20), ("light", 200)):
+        for number in range(6):
+            save(tmp_path / "train" / name / f"{number}.png", shade)
+            save(tmp_path / "validation" / name / f"{number}.png", shade + number)
+    save(tmp_path / "test" / "one.png", 30)
+    task = TASKS["cifar10"].prepare(DataArguments(task_name="cifar10", dataset_name=str(tmp_path), controller_split=0))
+    assert task.label_names == ["dark", "light"]
+    assert (len(task.train_dataset), len(task.eval_dataset), len(task.predict_dataset)) == (12, 12, 1)

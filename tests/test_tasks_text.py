@@ -415,3 +415,34 @@ def test_a_batch_of_texts_without_a_word_is_read():
     empty = torch.zeros(2, 0, dtype=torch.long)
     assert model(input_ids=empty, attention_mask=empty).logits.isfinite().all()
     assert model(input_ids=torch.zeros(2, 0), attention_mask=None).logits.shape == (2, 1)
+
+
+def test_classes_are_numbered_as_the_model_numbers_them(sentences_csv):
+    arguments = DataArguments(task_name="imdb", dataset_name=str(sentences_csv))
+    splits = split_examples(arguments, load_source(arguments, "none", None), label_names=("neg", "pos"))
+    other = splits.numbered_as({0: "POS", 1: "Neg"})
+    assert splits.label_names == ["neg", "pos"] and other.label_names == ["pos", "neg"] and other.positive == 0
+    for part in ("train", "controller", "eval"):
+        assert np.array_equal(getattr(other, part).labels, 1 - getattr(splits, part).labels)
+    assert splits.numbered_as({0: "LABEL_0", 1: "LABEL_1"}) is splits
+    assert splits.numbered_as({0: "neg", 1: "pos", 2: "neutral"}) is splits
+
+
+def test_f1_is_of_the_same_class_however_it_is_numbered():
+    logits, labels = np.array([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]), np.array([1, 0, 1, 1])
+    first = ClassificationMetrics(2)(EvalPrediction(logits, labels))
+    second = ClassificationMetrics(2, positive=0)(EvalPrediction(logits[:, ::-1], 1 - labels))
+    assert first == second and first["f1"] == pytest.approx(0.4)
+
+
+def test_a_pretrained_model_of_another_order_is_scored_by_its_own(tmp_path):
+    folder = tmp_path / "model"
+    tiny_encoder(folder, id2label={0: "positive", 1: "negative"}, label2id={"positive": 0, "negative": 1})
+    task = prepare(task_name="sst2", dataset_name="sample", model_name_or_path=str(folder), max_train_samples=40)
+    plain = prepare(task_name="sst2", dataset_name="sample", max_train_samples=40)
+    assert task.label_names == task.label_names[::1] and sorted(task.label_names) == sorted(plain.label_names)
+    assert [task.label_names[i] for i in task.eval_dataset["labels"][:]] == [
+        plain.label_names[i] for i in plain.eval_dataset["labels"][:]
+    ]
+    names = task.model_init().config.id2label
+    assert [names[i] for i in range(2)] == task.label_names == ["positive", "negative"]

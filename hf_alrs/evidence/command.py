@@ -54,6 +54,10 @@ def evidence_command(arguments: Sequence[str]) -> None:
         sys.exit(1 if options.check and drifted else 0)
     if options.jobs < 1:
         raise InputError("jobs", options.jobs, "must be at least 1.", "Use 1 or more.")
+    if options.report_only and (options.studies or options.skip_studies):
+        name = "studies" if options.studies else "skip_studies"
+        rule = "chooses what is run, and report_only runs nothing: the report has all studies that are stored."
+        raise InputError(name, getattr(options, name), rule, "Leave one of the two out.")
     tasks = installed_tasks()
     recipes = list(dict.fromkeys(task.recipe.parent for task in tasks.values()))
     if options.plan is None:

@@ -138,9 +138,10 @@ def _is_written(path: Path, text: str) -> bool:
 def _readme_part(studies: list[_Study], arena: list[_Study]) -> str:
     lines: list[str] = []
     if compared := [study for study in studies if study.is_comparison]:
-        score = compared[0].task["score"]
-        lines += [f"Final {_short(score)}{_ON_EVAL}{_but_prodigy(_names(compared))}:", ""]
-        lines += [*_means(compared, score), "How large the runs were:", ""]
+        for score in dict.fromkeys(study.task["score"] for study in compared):
+            scored = [study for study in compared if study.task["score"] == score]
+            lines += [f"Final {_short(score)}{_ON_EVAL}{_but_prodigy(_names(scored))}:", "", *_means(scored, score)]
+        lines += ["How large the runs were:", ""]
         lines += [*(f"- {s.told['title']}, from {format_rate(s.rate)}: {s.told['caption']}" for s in compared), ""]
     if any(True for _ in _panels(studies)):
         caption = "Final score against the initial learning rate: mean over the seeds, bars of one standard deviation"

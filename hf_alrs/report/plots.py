@@ -598,7 +598,12 @@ def _plots_of_all(tasks: list[TaskRuns], styles: dict[str, Style], overall: dict
         "Share of workloads (one seed of one task) on which a scheduler reaches the target loss within a factor of the "
         "steps of the fastest. Missed targets are never within any factor."
     )
-    yield "performance-profile", "overall", caption, _profile(tasks, styles)
+    yield (
+        "performance-profile",
+        "overall",
+        caption,
+        _profile([task for task in tasks if task.name in overall["tasks"]], styles),
+    )
     for metric in ("eval_loss", "score"):
         rows = [row for row in overall["probability_of_improvement"] if row["metric"] == metric]
         if rows:

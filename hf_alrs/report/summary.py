@@ -447,7 +447,8 @@ def _checks(task: TaskRuns) -> list[str]:
         missing = {run.pair for run in task.runs} - {run.pair for run in runs}
         if missing:
             seeds = ", ".join(str(seed) for _, seed in sorted(missing))
-            problems.append(f"{task.name}: {scheduler} at {format_rate(rate)} was not run with seed {seeds}.")
+            beside = " in the comparisons that have it" if len({run.comparison for run in task.runs}) > 1 else ""
+            problems.append(f"{task.name}: {scheduler} at {format_rate(rate)} was not run with seed {seeds}{beside}.")
     return problems
 
 
@@ -480,7 +481,7 @@ def _conclusion_of_task(task: TaskRuns, comparisons: dict[str, list[dict[str, An
             verdict: [row["other"] for row in family if row["verdict"] == verdict]
             for verdict in ("better", "worse", "not better", "no verdict")
         }
-        without = f"; of one seed, which allows no verdict: {_listed(counted['no verdict'])}"
+        without = f"; of fewer than two common seeds, which allows no verdict: {_listed(counted['no verdict'])}"
         sentences.append(
             _sentence(
                 task,
@@ -506,6 +507,8 @@ def _sentence(task: TaskRuns, verdict: str | None, text: str) -> dict[str, Any]:
 def _headline(row: dict[str, Any]) -> str:
     ours = _cell_name(row["scheduler"], row["learning_rate"])
     theirs = f"the best tuned baseline, {_cell_name(row['other'], row['other_learning_rate'])}"
+    if row["num_pairs"] == 0:
+        return f"{ours} and {theirs} have no seed in common, which allows no verdict on final {row['metric']}."
     if row["num_pairs"] < 2:
         return (
             f"In final {row['metric']}, the advantage of {ours} over {theirs}, is {format_number(row['advantage'])}, from "
@@ -535,14 +538,18 @@ def _untuned_sentence(task: TaskRuns, rows: list[dict[str, Any]]) -> dict[str, A
         f"{verdicts.count('better')}, worse from {verdicts.count('worse')}, and not better (no interval without zero) from "
         f"{verdicts.count('not better')}"
     )
-    if verdicts.count("no verdict") == len(rows):
+    if not any(row["num_pairs"] for row in rows):
+        told = (
+            f"has no seed in common with the best cell of all tuned baselines ({best_cell}), which allows no verdict"
+        )
+    elif verdicts.count("no verdict") == len(rows):
         ahead = sum(row["advantage"] > 0 for row in rows)
         told = (
             f"ends ahead of the best cell of all tuned baselines ({best_cell}) in final {first['metric']} from {ahead}, and "
             "not from the others; one seed allows no interval and no verdict"
         )
     elif "no verdict" in verdicts:
-        told += f"; from {verdicts.count('no verdict')} one seed allows no verdict"
+        told += f"; from {verdicts.count('no verdict')} fewer than two common seeds allow no verdict"
     return _sentence(
         task,
         None,
@@ -563,7 +570,7 @@ def _analysis_of_task(task: TaskRuns, cells: list[dict[str, Any]], comparisons: 
     texts.append(f"Lowest mean final eval_loss of {len(tuned)} schedulers, each at the best of its rates: {leaders}.")
     by_name = {cell["scheduler"]: cell for cell in tuned}
     ours = by_name.get(task.reference)
-    if len(task.learning_rates) > 1:
+    if _has_choices(task):
         texts.append(_sensitivity(task))
     if ours is not None and task.targets:
         baseline = by_name[task.best_baseline[0]]
@@ -589,7 +596,7 @@ def _analysis_of_task(task: TaskRuns, cells: list[dict[str, Any]], comparisons: 
         f"{format_number(row['advantage'])} {format_interval(row['interval'])}."
         if row["num_pairs"] > 1
         else f"Ablation: in final eval_loss, the advantage of {row['scheduler']} over {row['other']} is "
-        f"{format_number(row['advantage'])}; one seed allows no verdict."
+        f"{format_number(row['advantage'])}; fewer than two common seeds allow no verdict."
         for row in ablations
     ]
     failed = [run for run in task.runs if not run.completed]
@@ -604,6 +611,11 @@ def _analysis_of_task(task: TaskRuns, cells: list[dict[str, Any]], comparisons: 
 
 def _short(value: float) -> str:
     return format_number(value) if not math.isfinite(value) else f"{value:.2g}"
+
+
+def _has_choices(task: TaskRuns) -> bool:
+    """Whether a scheduler was run from several rates."""
+    return any(len(task.rates_of(name)) > 1 for name in task.schedulers)
 
 
 def _sensitivity(task: TaskRuns) -> str:
@@ -628,9 +640,10 @@ def _timing_analysis(task: TaskRuns, timings: list[dict[str, Any]]) -> list[str]
     by_cell = {(row["scheduler"], row["learning_rate"]): row for row in timings}
     if task.reference is not None:
         ours = by_cell[task.reference, task.tuned[task.reference]]
-        texts.append(
-            f"{task.name}: the controller of {task.reference} takes {ours['controller_share']:.2%} of the training time."
-        )
+        if math.isfinite(ours["controller_share"]):
+            texts.append(
+                f"{task.name}: the controller of {task.reference} takes {ours['controller_share']:.2%} of the training time."
+            )
         if task.best_baseline is not None:
             theirs = by_cell[task.best_baseline]
             if _of_other_machines(task.tuned_runs(task.reference), task.cells[task.best_baseline]):
@@ -661,11 +674,11 @@ def _caveats(tasks: list[TaskRuns]) -> list[str]:
             "and bootstrap intervals from so few runs are too narrow."
         )
     texts += [text for task in tasks for text in _software_caveat(task)]
-    if any(len(task.learning_rates) > 1 for task in tasks):
+    if any(map(_has_choices, tasks)):
         texts.append(
             "Every scheduler's best rate was chosen on the eval scores that are compared, which flatters those the most that "
             "were run from the most rates ("
-            + "; ".join(f"{task.name}: {_rates_had(task)}" for task in tasks if len(task.learning_rates) > 1)
+            + "; ".join(f"{task.name}: {_rates_had(task)}" for task in tasks if _has_choices(task))
             + "). “Without tuning” uses no such choice for the judged scheduler."
         )
     texts += [text for task in tasks for text in _evaluation_caveats(task)]

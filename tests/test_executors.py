@@ -35,6 +35,7 @@ def die_at_seed_1(data: DataArguments) -> object:
     return prepared
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_recorded_and_costs_no_other_cell(tmp_path: Path) -> None:
     task = TASKS["titanic"]
     experiment = Experiment(

@@ -643,6 +643,7 @@ def test_local_runs_make_no_connection(
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_publish_delete_and_train_again(tmp_path: Path) -> None:
     script = ROOT / "tests" / "scripts" / "publish_and_train_again.py"
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, cwd=ROOT)

@@ -217,7 +217,7 @@ def test_a_failed_run_is_recorded_and_the_matrix_goes_on(
     assert records[specs[1].file_name]["status"] == "completed"
 
 
-@pytest.mark.parametrize("num_jobs", [1, 2])
+@pytest.mark.parametrize("num_jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_wrong_input_is_no_outcome_of_a_run(num_jobs: int, experiment: Experiment, tmp_path: Path) -> None:
     wrong = replace(experiment, arguments=experiment.arguments | {"label_smoothing_factor": 0.1})
     with pytest.raises(InputError, match="label_smoothing_factor"):
@@ -265,6 +265,7 @@ def test_a_killed_comparison_resumes_to_the_same_results(tmp_path: Path) -> None
     assert first == second
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "hf_alrs.cli", "compare", "--task", "titanic", "--dataset_name", "sample",

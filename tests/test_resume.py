@@ -434,6 +434,7 @@ def launch(
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability("kill -9 in a probe, resume from the last checkpoint: bit-identical to the unkilled run")
 def test_an_official_script_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     # From scratch five probes run from step 4 to 23: the checkpoint at 10 and the kill at 17 both fall into them.

@@ -264,7 +264,10 @@ def _labelled_images(path: Path, loaded: dict[str, Dataset]) -> dict[str, Datase
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
     if "train" not in {folder.name for folder in folders}:
         return loaded
-    return {folder.name: load_dataset("imagefolder", data_dir=str(folder), split="train") for folder in folders}
+    try:
+        return {folder.name: load_dataset("imagefolder", data_dir=str(folder), split="train") for folder in folders}
+    except Exception:  # of the many types that folders without images raise
+        return loaded
 
 
 def _has_bare_quotes(path: Path) -> bool:

@@ -73,6 +73,13 @@ class ALRSArguments:
             "--no_average_weights turns it off."
         },
     )
+    choose_average: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the controller's split chooses how far back the average of the weights goes, for one more copy of "
+            "them; --no_choose_average turns it off."
+        },
+    )
     batch_norm_samples: int = field(
         default=512,
         metadata={"help": "Training examples for batch-norm's statistics of averaged weights; 0: running averages."},

@@ -4,6 +4,9 @@ Averaging of the weights along a run, in the place of most of the decay of the l
 Polynomial-decay averaging (Shamir and Zhang, 2013): the weights of the k-th update count in proportion to k^gamma, so
 that about the last 1 / (gamma + 1) of the run is averaged at any time, whatever its length. The raw weights are trained
 on; the averaged ones are evaluated, saved, and left in the model at the end.
+
+A second average may be kept, of nearly all of the run (gamma = 1), which is the better one where the rate is too high or the
+training overfits. Which of the two, or the middle between them, is told by a split that is held out.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from .signals import is_sharded
 
 
 GAMMA = 16
+# The long average. A share of it between 0 and 1 does nearly as well as averages of their own with a gamma between.
+LONG_GAMMA = 1
+LONG_SHARES = (0.0, 0.5, 1.0)
 _HALF = (torch.float16, torch.bfloat16)
 # Most updates in a run: seven within the last 1 / (GAMMA + 1), and little work next to the optimizer's. On synthetic tasks
 # twice as many ended no better.
@@ -32,33 +38,41 @@ def update_interval(num_training_steps: int) -> int:
     return max(1, math.ceil(num_training_steps / _UPDATES))
 
 
-def update_share(num_updates: int | np.ndarray) -> float | np.ndarray:
+def update_share(num_updates: int | np.ndarray, gamma: int = GAMMA) -> float | np.ndarray:
     """Weight of the newest weights, (gamma + 1) / (k + gamma + 1) after k updates: 1 for the first."""
-    return (GAMMA + 1) / (num_updates + GAMMA + 1)
+    return (gamma + 1) / (num_updates + gamma + 1)
 
 
 class WeightAverage:
     """
     The average of a model's trained weights and of its batch-norm statistics.
 
-    Costs one copy of the weights (in single precision where they have less), and a second one for as long as the average
-    is in the model. Its state has the same copies.
+    Costs one copy of the weights (in single precision where they have less), one more with a long average, and one for as
+    long as the average is in the model. Its state has the same copies.
 
     Args:
         parameters (`list[Tensor]`): Trained parameters; of sharded ones each process averages its own part.
         model (`torch.nn.Module`, *optional*): For the running statistics of batch-norm, which belong to the weights;
             needed where parameters are sharded.
         num_training_steps (`int`): Length of the run in optimizer steps.
+        keep_long (`bool`, *optional*, defaults to `False`): Whether to keep a long average too.
 
     Attributes:
         parameters (`list[Tensor]`): As given.
         in_model (`bool`): Whether the model holds the average now.
+        long_share (`float`): Share of the long average in what is shown, from 0 to 1.
 
     Raises:
         `InputError`: If parameters are sharded and the model is not given.
     """
 
-    def __init__(self, parameters: list[Tensor], model: torch.nn.Module | None, num_training_steps: int):
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        model: torch.nn.Module | None,
+        num_training_steps: int,
+        keep_long: bool = False,
+    ):
         if model is None and any(map(is_sharded, parameters)):
             raise InputError(
                 "model",
@@ -74,8 +88,17 @@ class WeightAverage:
         ]
         self._interval = update_interval(num_training_steps)
         self._num_updates = 0
+        self._keep_long = keep_long
         self._average: list[Tensor] | None = None
+        self._long: list[Tensor] | None = None
         self._raw: list[Tensor] | None = None
+        self._shown_share = 0.0  # of the long average in what is in the model
+        self.long_share = 0.0
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether there is a long average beside the other one."""
+        return self._long is not None
 
     @property
     def in_model(self) -> bool:
@@ -91,26 +114,35 @@ class WeightAverage:
         weights = self._weights()
         if self._average is None:
             self._average = [w.to(_precise(w.dtype), copy=True) for w in weights]
+            self._long = [a.clone() for a in self._average] if self._keep_long else None
         else:
             if any(w.dtype in _HALF for w in weights):
                 weights = [w.to(a.dtype) for w, a in zip(weights, self._average, strict=True)]
             torch._foreach_lerp_(self._average, weights, update_share(self._num_updates))
+            if self._long is not None:
+                torch._foreach_lerp_(self._long, weights, update_share(self._num_updates, LONG_GAMMA))
         self._num_updates += 1
 
     def reset(self) -> None:
         """Forgets the average: the weights went back, or are damaged."""
-        self._average, self._num_updates = None, 0
+        self._average = self._long = None
+        self._num_updates, self.long_share = 0, 0.0
 
     @torch.no_grad()
-    def show(self) -> None:
-        """Puts the average into the model, if there is one."""
-        if self._average is None or self.in_model:
-            return
+    def show(self) -> bool:
+        """Puts the average into the model, if there is one; returns whether that changed the model."""
+        if self._average is None or (self.in_model and self._shown_share == self.long_share):
+            return False
         self._reshard()
         weights = self._weights()
-        self._raw = [w.clone() for w in weights]
-        for weight, average in zip(weights, self._average, strict=True):
+        if self._raw is None:
+            self._raw = [w.clone() for w in weights]
+        mixed = self.long_share > 0 and self._long is not None
+        shown = torch._foreach_lerp(self._average, self._long, self.long_share) if mixed else self._average
+        for weight, average in zip(weights, shown, strict=True):
             weight.copy_(average)
+        self._shown_share = self.long_share
+        return True
 
     @torch.no_grad()
     def hide(self) -> None:
@@ -123,11 +155,11 @@ class WeightAverage:
 
     def release(self) -> None:
         """Leaves the model as it is and frees the copies."""
-        self._raw = self._average = None
+        self._raw = self._average = self._long = None
 
     def state_dict(self, device: torch.device | None = None) -> dict[str, Any]:
         """
-        The average as tensors and plain Python values, and the raw weights where the model holds the average.
+        The averages as tensors and plain Python values, and the raw weights where the model holds the average.
 
         Args:
             device (`torch.device`, *optional*): Copies there; without it, the tensors themselves.
@@ -136,7 +168,13 @@ class WeightAverage:
         def kept(tensors: list[Tensor] | None) -> list[Tensor] | None:
             return tensors if tensors is None or device is None else [t.to(device, copy=True) for t in tensors]
 
-        return {"num_updates": self._num_updates, "average": kept(self._average), "raw": kept(self._raw)}
+        return {
+            "num_updates": self._num_updates,
+            "average": kept(self._average),
+            "long": kept(self._long),
+            "long_share": self.long_share,
+            "raw": kept(self._raw),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -147,18 +185,22 @@ class WeightAverage:
             `ValueError`: If its tensors do not fit the weights.
         """
         weights = self._weights()
-        for name in ("average", "raw"):
+        for name in ("average", "long", "raw"):
             if state[name] is not None and [t.shape for t in state[name]] != [w.shape for w in weights]:
                 raise ValueError(f"the {name} weights are of another model")
         num_updates, average, raw = state["num_updates"], state["average"], state["raw"]
         if num_updates < 0 or (num_updates > 0) != (average is not None) or (raw is not None and average is None):
             raise ValueError(f"{num_updates} updates of the average do not fit its weights")
+        if not 0 <= state["long_share"] <= 1 or (state["long"] is not None and average is None):
+            raise ValueError("a long average that cannot be")
+
+        def beside(tensors: list[Tensor] | None) -> list[Tensor] | None:
+            if tensors is None:
+                return None
+            return [a.to(w.device, _precise(w.dtype), copy=True) for a, w in zip(tensors, weights, strict=True)]
+
         self._num_updates = num_updates + 0
-        self._average = (
-            None
-            if average is None
-            else [a.to(w.device, _precise(w.dtype), copy=True) for a, w in zip(average, weights, strict=True)]
-        )
+        self._average, self._long, self.long_share = beside(average), beside(state["long"]), state["long_share"] + 0.0
         for weight, value in zip(weights, raw or (), strict=raw is not None):
             weight.copy_(value)
         self._raw = None

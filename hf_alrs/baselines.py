@@ -60,6 +60,11 @@ BASELINES: dict[str, Baseline] = {
     "alrs_no_average": Baseline(
         "alrs", alrs_config={"average_weights": False}, description="ablation: a full decay, no averaging of weights"
     ),
+    "alrs_fixed_average": Baseline(
+        "alrs",
+        alrs_config={"choose_average": False},
+        description="ablation: the short average of the weights, without a choice by the controller's split",
+    ),
     "alrs_running_statistics": Baseline(
         "alrs",
         alrs_config={"batch_norm_samples": 0},

@@ -37,6 +37,8 @@ CONTROLLER = "controller"
 # forward pass costs a third of a step, so ten of them add 5 % at most to a run that sees 4,300 examples or more; a shorter
 # one pays for ten times the least number.
 _CONTROLLER_SHARE, _CONTROLLER_SAMPLES = 0.015, (64, 512)
+# Examples that choose the average, three times each: fewer than an evaluation by the script usually has
+_CHOICE_SAMPLES = 256
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
@@ -80,6 +82,8 @@ class ALRSCallback(TrainerCallback):
         self.phases: list[str] = []
         # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
+        self.choose_by: Callable[[], float] | None = None  # its loss there with the weights as they are
+        self._chosen_at: int | None = None  # step of the last choice
         self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
         self.forward_batch: Callable[[Any], None] | None = None  # how `ALRSTrainer` runs its model
         self._forward_hook: Any = None
@@ -101,7 +105,7 @@ class ALRSCallback(TrainerCallback):
             self._remove_forward_hook()
         else:
             self._detach()
-        self.phases = []
+        self.phases, self._chosen_at = [], None
         self._num_shares = args.world_size if args.average_tokens_across_devices else 1
         _refuse_deepspeed_scheduler(args)
         if isinstance(lr_scheduler, ALRSScheduler):
@@ -187,7 +191,7 @@ class ALRSCallback(TrainerCallback):
             start, before = time.perf_counter(), self.scheduler.seconds
             self._observe_evaluation(self.evaluate_controller())
             self.scheduler.seconds = before + time.perf_counter() - start
-        self._prepare_save(control)
+        self._prepare_save(state, control)
         self._write_history(args, state, wait=not control.should_save)
 
     def _controller_is_due(self, state: TrainerState, control: TrainerControl) -> bool:
@@ -201,8 +205,20 @@ class ALRSCallback(TrainerCallback):
         if f"{prefix}_loss" in metrics:
             self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
 
-    def _prepare_save(self, control: TrainerControl) -> None:
+    def _choose_average(self, state: TrainerState) -> None:
+        """Chooses the average for what is evaluated, saved or left at this step."""
+        if self.choose_by is None or self._chosen_at == state.global_step:
+            return
+        start, before = time.perf_counter(), self.scheduler.seconds
+        if self.scheduler.choose_average(self.choose_by) is not None:
+            self._chosen_at = state.global_step
+        self.scheduler.seconds = before + time.perf_counter() - start
+
+    def _prepare_save(self, state: TrainerState, control: TrainerControl) -> None:
         """All processes read their losses now, because one alone writes the checkpoint, with the averaged weights."""
+        is_last = control.should_training_stop or state.global_step >= state.max_steps
+        if is_last or control.should_save or control.should_evaluate:
+            self._choose_average(state)
         if control.should_save:
             self.scheduler.prepare_save()
         elif control.should_evaluate:
@@ -212,7 +228,7 @@ class ALRSCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._prepare_save(control)
+        self._prepare_save(state, control)
         self._write_history(args, state, wait=not control.should_save)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -238,6 +254,7 @@ class ALRSCallback(TrainerCallback):
         self.scheduler.flush()
         self._write_history(args, state)
         if not (args.load_best_model_at_end and state.best_model_checkpoint):  # which has been loaded by now
+            self._choose_average(state)
             self.scheduler.show_average()
         self._detach()
 
@@ -356,7 +373,8 @@ class ALRSTrainer(Trainer):
         alrs_config (`ALRSConfig`, *optional*): How the network drives.
         args, kwargs: As for `transformers.Trainer`. A controller split is driven by when `eval_dataset` is a dictionary
             with the key `"controller"`: its loss and accuracy become inputs of the network, at the script's evaluations
-            and at `controller_evaluations` more on a fixed sample of it, of which no log and no callback is told.
+            and at `controller_evaluations` more on a fixed sample of it, of which no log and no callback is told. With
+            `choose_average` it chooses the average of the weights too.
 
     Raises:
         `InputError`: If an [`ALRSCallback`] is given too, or a DeepSpeed configuration holds a scheduler.
@@ -372,7 +390,7 @@ class ALRSTrainer(Trainer):
         self.alrs_callback = ALRSCallback(self.alrs_config)
         self.alrs_callback.told_losses = True
         self.alrs_callback.forward_batch = self._forward_batch
-        self._controller_loader: Any = None
+        self._controller_loaders: dict[int, Any] = {}  # by the number of examples
         self._num_batches: int | None = None
         self.add_callback(self.alrs_callback)
 
@@ -389,10 +407,11 @@ class ALRSTrainer(Trainer):
         self._refuse_callbacks(1)  # one that was added later would observe every loss a second time
         prepare_again(self)
         # The datasets, or the length of the run, may be others than at the last call
-        self._controller_loader = None
+        self._controller_loaders = {}
         split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
         indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset) and has_length(split)
         self.alrs_callback.evaluate_controller = self._evaluate_controller if indexed else None
+        self.alrs_callback.choose_by = self._choice_loss if indexed and self.alrs_config.choose_average else None
         return super().train(*args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -413,6 +432,7 @@ class ALRSTrainer(Trainer):
                     "config": _config_of_run(self.alrs_config, self.args),
                     "steps_per_epoch": steps_per_epoch(self.args, self._num_batches),
                     "model": self.model,
+                    "can_choose": self.alrs_callback.choose_by is not None,
                 },
             )
             self._created_lr_scheduler = True
@@ -421,34 +441,47 @@ class ALRSTrainer(Trainer):
     def _evaluate_controller(self) -> dict[str, float]:
         """Metrics on a sample of the controller's split, with the random numbers of training left as they are."""
         scheduler = self.alrs_callback.scheduler
+        seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seen *= self.args.world_size
+        least, most = _CONTROLLER_SAMPLES
         # A sample this small is not worth a larger one for batch-norm
         batch_norm, scheduler.batch_norm = scheduler.batch_norm, None
-        scheduler.show_average()
-        if self.args.world_size > 1 and scheduler.shows_average and not self.is_fsdp_enabled:
-            # Each process has averaged its own running statistics, and a checkpoint holds the first one's alone.
-            for layer in tracking_layers(self.model):
-                for values in (layer.running_mean, layer.running_var):
-                    torch.distributed.broadcast(values, 0)
+        try:
+            with scheduler.showing(0.0):  # the average that the network knows
+                if self.args.world_size > 1 and scheduler.shows_average and not self.is_fsdp_enabled:
+                    # Each process has averaged its own running statistics, and a checkpoint holds the first one's alone.
+                    for layer in tracking_layers(self.model):
+                        for values in (layer.running_mean, layer.running_var):
+                            torch.distributed.broadcast(values, 0)
+                return self._metrics_of_sample(max(least, min(most, int(_CONTROLLER_SHARE * seen))))
+        finally:
+            scheduler.batch_norm = batch_norm
+
+    def _choice_loss(self) -> float:
+        """Loss on a sample of the controller's split, with the model as it is."""
+        metrics = self._metrics_of_sample(_CHOICE_SAMPLES, loss_only=True)
+        return metrics[f"{self.alrs_config.controller_metric_prefix}_loss"]
+
+    def _metrics_of_sample(self, size: int, loss_only: bool = False) -> dict[str, float]:
         with unchanged_random_numbers(), unchanged_modes(self.model):
-            if self._controller_loader is None:
+            if size not in self._controller_loaders:
                 # Trainer keeps the loader of persistent workers for every dataset without a name
                 kept = self.__dict__.pop("_eval_dataloaders", None)
-                self._controller_loader = self.get_eval_dataloader(self._controller_sample())
+                self._controller_loaders[size] = self.get_eval_dataloader(self._controller_sample(size))
                 self._eval_dataloaders = kept if kept is not None else {}
             # Neither a bar nor an early-stopping callback is to take this for an evaluation that the script asked for.
             callbacks, self.callback_handler.callbacks = self.callback_handler.callbacks, []
             generates = getattr(self.args, "predict_with_generate", False)
             try:
                 output = self.evaluation_loop(
-                    self._controller_loader,
+                    self._controller_loaders[size],
                     description="Controller",
                     # Generating costs many times a forward pass
-                    prediction_loss_only=True if self.compute_metrics is None or generates else None,
+                    prediction_loss_only=True if loss_only or self.compute_metrics is None or generates else None,
                     metric_key_prefix=self.alrs_config.controller_metric_prefix,
                 )
             finally:
                 self.callback_handler.callbacks = callbacks
-                scheduler.batch_norm = batch_norm
         return output.metrics
 
     def _forward_batch(self, batch: Any) -> None:
@@ -456,12 +489,8 @@ class ALRSTrainer(Trainer):
         with self.compute_loss_context_manager():
             self.compute_loss(self.model, self._prepare_inputs(batch))
 
-    def _controller_sample(self) -> Any:
+    def _controller_sample(self, size: int) -> Any:
         split = self.eval_dataset[CONTROLLER]
-        seen = self.state.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seen *= self.args.world_size
-        least, most = _CONTROLLER_SAMPLES
-        size = min(len(split), max(least, min(most, int(_CONTROLLER_SHARE * seen))))
         chosen = np.random.default_rng(self.alrs_config.seed).permutation(len(split))[:size].tolist()
         # `select` keeps the columns' names, by which the Trainer drops what the model does not take.
         return split.select(chosen) if hasattr(split, "select") else torch.utils.data.Subset(split, chosen)
@@ -503,6 +532,8 @@ class ALRSTrainer(Trainer):
             logs["alrs/log_multiplier"] = decision.log_multiplier
             if scheduler.last_meta_loss is not None:
                 logs["alrs/meta_loss"] = scheduler.last_meta_loss
+            if scheduler.long_share is not None:
+                logs["alrs/long_share"] = scheduler.long_share
             if self.args.report_to:  # for trackers; too many for a console
                 features = zip(FEATURE_NAMES, decision.features, strict=True)
                 logs.update({f"alrs/feature/{name}": value for name, value in features})

@@ -156,6 +156,13 @@ class ALRSConfig:
             "help": "Average the weights along the run; the averaged ones are evaluated, saved and left in the model."
         },
     )
+    choose_average: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep a second average, of nearly all of the run, and choose between the two, or their middle, by the loss "
+            "on the controller's split; one more copy of the weights. Nothing of it without such a split."
+        },
+    )
     batch_norm_samples: int = field(
         default=512,
         metadata={
@@ -223,7 +230,7 @@ class ALRSConfig:
         for name in ("network", "controller_metric_prefix"):
             value = getattr(self, name)
             self._check(name, isinstance(value, str) and value != "", "must be text.", "Leave it out for the default.")
-        for name in ("rollback", "average_weights"):
+        for name in ("rollback", "average_weights", "choose_average"):
             self._check(name, isinstance(getattr(self, name), bool), "must be True or False.", "Use True or False.")
         ratio = self.final_lr_ratio
         self._check(

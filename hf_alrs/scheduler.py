@@ -7,7 +7,8 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR, StepLR
 from transformers import SchedulerType
 
-from .averaging import WeightAverage
+from .averaging import LONG_SHARES, WeightAverage
 from .batch_norm import BatchNormStatistics, tracking_layers
 from .config import ALRSConfig, InputError
 from .controller import FALLBACK, ALRSController, Decision
@@ -29,7 +30,7 @@ from .signals import SignalRecorder, is_sharded, measuring_device, sharded_like
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 # Where our state travels inside that of the scheduler that Trainer owns and checkpoints, with the callback
 STATE_KEY = "alrs_state"
 # Beside it: where the scheduler that it lies in stood, which moves on only where ALRS does not drive
@@ -84,6 +85,8 @@ class ALRSScheduler(LRScheduler):
         steps_per_epoch (`int`, *optional*): Optimizer steps in an epoch.
         model (`torch.nn.Module`, *optional*): Lets a restart bring back buffers too, and the average take in batch-norm's
             statistics.
+        can_choose (`bool`, *optional*, defaults to `False`): Whether `choose_average` will be called, for which a second
+            average is kept.
 
     Attributes:
         history (`list[dict]`): One entry for each optimizer step since the last `drain_history`, written at decisions:
@@ -102,11 +105,13 @@ class ALRSScheduler(LRScheduler):
         config: ALRSConfig | None = None,
         steps_per_epoch: int | None = None,
         model: torch.nn.Module | None = None,
+        can_choose: bool = False,
     ):
         if not isinstance(config, (ALRSConfig, type(None))):
             raise InputError("config", config, "must be an ALRSConfig.", "Write ALRSConfig(...).")
         self.config = config or ALRSConfig()
         self.model = model
+        self._can_choose = can_choose and self.config.choose_average
         inner = unwrapped_optimizer(optimizer)
         missing = [index for index, group in enumerate(inner.param_groups) if group["lr"] is None]
         if missing:
@@ -152,7 +157,7 @@ class ALRSScheduler(LRScheduler):
         # A wrapper that has no modes of its own gets them too
         self._switched = [inner] if optimizer is inner or hasattr(optimizer, "eval") else [inner, optimizer]
         if self.config.average_weights:
-            self._average = WeightAverage(self._parameters, model, num_training_steps)
+            self._average = self._new_average(self._parameters)
         self.batch_norm: BatchNormStatistics | None = None
         self._batch_norm_fresh = False  # whether the model holds statistics of the averaged weights
         self._snapshot: dict[str, Any] | None = None
@@ -376,9 +381,54 @@ class ALRSScheduler(LRScheduler):
         """Whether the averaged weights are in the model now."""
         return self._average is not None and self._average.in_model
 
+    def choose_average(self, evaluate: Callable[[], float]) -> float | None:
+        """
+        Chooses how far back the average of the weights goes by the loss on the controller's split, and leaves it in the
+        model. For a scheduler that was made with `can_choose`, unless the configuration says no; [`ALRSTrainer`] calls it
+        before its evaluations, before it saves, and at the end.
+
+        Args:
+            evaluate (`Callable[[], float]`): Mean loss of the model as it is, on examples that are neither trained on nor
+                reported; the same in all processes.
+
+        Returns:
+            `float`, *optional*: Share of the long average, 0, 0.5 or 1; `None` where there is nothing to choose yet.
+        """
+        if self._average is None or not self._average.has_choice:
+            return None
+        losses = []
+        for share in LONG_SHARES:
+            with self.showing(share):
+                loss = float(evaluate())
+            losses.append(loss if math.isfinite(loss) else math.inf)
+        self._average.long_share = LONG_SHARES[losses.index(min(losses))]
+        self._show_average()
+        return self._average.long_share
+
+    @contextmanager
+    def showing(self, long_share: float) -> Iterator[None]:
+        """Has the averaged weights in the model, with this share of the long average where there is one; for one evaluation."""
+        if self._average is None:
+            yield
+            return
+        # The attribute, as Trainer's evaluations call the optimizer's `eval()` themselves
+        chosen, self._average.long_share = self._average.long_share, long_share
+        try:
+            self.show_average()
+            yield
+        finally:
+            self._average.long_share = chosen
+
+    @property
+    def long_share(self) -> float | None:
+        """Share of the long average in what is shown, as chosen last; `None` where there is no choice."""
+        return self._average.long_share if self._average is not None and self._average.has_choice else None
+
+    def _new_average(self, parameters: list[torch.Tensor]) -> WeightAverage:
+        return WeightAverage(parameters, self.model, self.controller.num_training_steps, keep_long=self._can_choose)
+
     def _show_average(self) -> None:
-        if not self._average.in_model:
-            self._average.show()
+        if self._average.show():
             self._batch_norm_fresh = False
         if self.batch_norm is not None and self._average.in_model and not self._batch_norm_fresh:
             self.batch_norm.refresh()
@@ -460,7 +510,7 @@ class ALRSScheduler(LRScheduler):
         if not same or moved:
             self._parameters = found
             if self._average is not None:
-                self._average = WeightAverage(found, self.model, self.controller.num_training_steps)
+                self._average = self._new_average(found)
             if found:
                 self._recorder = SignalRecorder(found, self.config.max_signal_size)
 
@@ -665,9 +715,7 @@ class ALRSScheduler(LRScheduler):
             self._good.pop("average", None)
         if self._average is not None:  # begins anew, with all of them
             self.hide_average()
-            self._average = WeightAverage(
-                [*self._average.parameters, *thawed.values()], self.model, self.controller.num_training_steps
-            )
+            self._average = self._new_average([*self._average.parameters, *thawed.values()])
 
     # Rates
 
@@ -795,8 +843,7 @@ class ALRSScheduler(LRScheduler):
             )
         self._find_parameters(measured)  # signals leave out what thawed later, the average does not
         if self._average is not None and self._thawed:
-            averaged = [everything[place] for place in places]
-            self._average = WeightAverage(averaged, self.model, self.controller.num_training_steps)
+            self._average = self._new_average([everything[place] for place in places])
         saved = state_dict["recorder"]["initial"]
         if saved is not None and saved.shape != self._recorder._scale.shape:
             raise InputError(
@@ -822,7 +869,7 @@ class ALRSScheduler(LRScheduler):
                 )
         elif state_dict["average"] is not None:
             # Without averaging from here on, the raw weights still have to come back.
-            average = self._average or WeightAverage(self._parameters, self.model, self.controller.num_training_steps)
+            average = self._average or self._new_average(self._parameters)
             average.load_state_dict(state_dict["average"])
         self._told = set(state_dict["told"])
         self._initial_buffers = [] if state_dict["optimizer_steps"] else self._copied_buffers()
@@ -964,8 +1011,8 @@ def get_scheduler(
         optimizer (`torch.optim.Optimizer`): The optimizer whose rates are set.
         num_warmup_steps (`int`, *optional*): Steps of linear warmup, where the scheduler has one.
         num_training_steps (`int`, *optional*): Length of the run in optimizer steps.
-        scheduler_specific_kwargs (`dict`, *optional*): For `"alrs"` the arguments `config`, `steps_per_epoch` and
-            `model` of [`ALRSScheduler`]; for `"step"` `step_size` (default: a third of the run) and `gamma` (0.1); for
+        scheduler_specific_kwargs (`dict`, *optional*): For `"alrs"` the arguments `config`, `steps_per_epoch`,
+            `model` and `can_choose` of [`ALRSScheduler`]; for `"step"` `step_size` (default: a third of the run) and `gamma` (0.1); for
             `"exponential"` `gamma` (default: a decay to 1 % over the run), both in optimizer steps; for `"one_cycle"`
             what torch's `OneCycleLR` takes (default: the optimizer's rates as the maximum).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer
-from hf_alrs.averaging import GAMMA, WeightAverage, update_interval, update_share
+from hf_alrs.averaging import GAMMA, LONG_SHARES, WeightAverage, update_interval, update_share
 from hf_alrs.callback import _config_of_run
 
 
@@ -116,6 +117,82 @@ def test_updates_come_at_intervals(num_training_steps: int, interval: int) -> No
         torch.testing.assert_close(weight.detach(), expected)
         average.hide()
         assert weight.item() == step + 1
+
+
+def test_the_long_average_by_hand() -> None:
+    weights = torch.tensor([6.0, -6.0])
+    average = WeightAverage([weights], None, 3, keep_long=True)
+    for value in (6.0, 12.0, 0.0):
+        weights[0] = value
+        average.update()
+    # 6; 6 + 2/3 (12 - 6) = 10; 10 + 2/4 (0 - 10) = 5. The short one: 6; 6 + 17/18 6 = 11 2/3; that, less 17/19 of it
+    short, long = (6 + 17 / 18 * 6) * (1 - 17 / 19), 5.0
+    assert average.has_choice
+    for share in LONG_SHARES:
+        average.long_share = share
+        assert average.show()
+        assert not average.show(), "it is there already"
+        assert weights.tolist() == pytest.approx([(1 - share) * short + share * long, -6.0])
+    average.hide()
+    assert weights.tolist() == [0.0, -6.0]
+    average.reset()
+    assert (average.has_choice, average.long_share) == (False, 0.0)
+
+
+@pytest.mark.parametrize("best", LONG_SHARES)
+def test_the_loss_of_a_held_out_part_chooses_the_average(best: float, quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(), model=model, can_choose=True)
+    assert scheduler.choose_average(lambda: 0.0) is None, "there is no average before the first step"
+    train(model, optimizer, scheduler, T - 1)
+    trained = flat(model)
+    shown: dict[float, torch.Tensor] = {}
+    for share in LONG_SHARES:
+        with scheduler.showing(share):
+            shown[share] = flat(model)
+    assert len({tuple(weights.tolist()) for weights in shown.values()}) == 3
+
+    chosen = scheduler.choose_average(lambda: float((flat(model) - shown[best]).norm()))
+    assert chosen == scheduler.long_share == best
+    assert torch.equal(flat(model), shown[best])
+    scheduler.hide_average()
+    assert torch.equal(flat(model), trained), "training goes on from the trained weights"
+    optimizer.eval()
+    assert torch.equal(flat(model), shown[best]), "the choice stays until the next one"
+
+    kept = io.BytesIO()
+    torch.save(scheduler.state_dict(), kept)
+    kept.seek(0)
+    other = Line()
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
+    other_optimizer.load_state_dict(optimizer.state_dict())
+    resumed = ALRSScheduler(other_optimizer, T, config=quiet(), model=other, can_choose=True)
+    resumed.load_state_dict(torch.load(kept, weights_only=True))
+    assert torch.equal(flat(other), trained)
+    resumed.show_average()
+    assert torch.equal(flat(other), shown[best])
+
+
+def test_losses_that_are_not_finite_choose_nothing(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(), model=model, can_choose=True)
+    train(model, optimizer, scheduler, 20)
+    losses = iter([math.nan, 3.0, math.inf, math.nan, math.nan, math.nan])
+    assert scheduler.choose_average(lambda: next(losses)) == 0.5
+    assert scheduler.choose_average(lambda: next(losses)) == 0.0, "the short one, when none can be told apart"
+
+
+@pytest.mark.parametrize(("can_choose", "changed"), [(False, {}), (True, {"choose_average": False})])
+def test_a_second_average_is_kept_for_a_choice_alone(can_choose: bool, changed: dict[str, Any], quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(**changed), model=model, can_choose=can_choose)
+    train(model, optimizer, scheduler, 20)
+    assert scheduler.long_share is None
+    assert scheduler.choose_average(lambda: pytest.fail("nothing to choose from")) is None
+    assert scheduler.state_dict()["average"]["long"] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -953,7 +1030,7 @@ def test_the_controllers_evaluations_see_the_average(tmp_path: Path, moving_conf
         args=arguments(tmp_path),
         train_dataset=tiny_dataset(),
         eval_dataset={"controller": tiny_dataset(16, seed=9)},
-        alrs_config=moving_config(controller_evaluations=4),
+        alrs_config=moving_config(controller_evaluations=4, choose_average=False),
         callbacks=[Watch()],
     )
     model = trainer.model
@@ -962,6 +1039,76 @@ def test_the_controllers_evaluations_see_the_average(tmp_path: Path, moving_conf
         torch.testing.assert_close(seen, averaged(model.trained[:step]))
     for before, after in zip(model.in_training[1:], model.trained[:-1], strict=True):
         assert torch.equal(before, after)
+
+
+class Choosing(ALRSTrainer):
+    """Keeps what each choice is made from."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.tried: list[tuple[int, torch.Tensor, float]] = []
+
+    def _choice_loss(self) -> float:
+        loss = super()._choice_loss()
+        self.tried.append((self.state.global_step, flat(self.model), loss))
+        return loss
+
+
+def choosing(tmp_path: Path, config: ALRSConfig, **options: Any) -> Choosing:
+    set_seed(3)
+    torch.manual_seed(3)
+    return Choosing(
+        model=tiny_classifier(batch_norm=True),
+        args=arguments(tmp_path, **options),
+        train_dataset=tiny_dataset(),
+        eval_dataset={"controller": tiny_dataset(100, seed=9), "held_out": tiny_dataset(16, seed=10)},
+        alrs_config=config,
+    )
+
+
+def test_the_controllers_split_chooses_what_is_evaluated_saved_and_left(tmp_path: Path, moving_config: Config) -> None:
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 16,
+        "logging_steps": 1,
+    }
+    trainer = choosing(tmp_path / "whole", moving_config(), **options)
+    trainer.train()
+    last = trainer.state.max_steps
+    steps = [step for step, _, _ in trainer.tried]
+    assert steps == sorted([*range(10, last, 10), *range(16, last, 16), last] * 3), "thrice where it is looked at"
+    of_step = {step: [(loss, w) for at, w, loss in trainer.tried if at == step] for step in steps}
+    assert all(len({loss for loss, _ in tried}) == 3 for tried in of_step.values())
+    assert torch.equal(flat(trainer.model), min(of_step[last], key=lambda pair: pair[0])[1])
+    assert torch.equal(
+        saved_weights(tmp_path / "whole" / "checkpoint-16", trainer.model),
+        min(of_step[16], key=lambda pair: pair[0])[1],
+    )
+    told = {e["step"]: e["eval_controller_loss"] for e in trainer.state.log_history if "eval_controller_loss" in e}
+    for step in range(10, last, 10):  # the whole split is smaller than the sample
+        assert told[step] == pytest.approx(min(loss for loss, _ in of_step[step]), rel=1e-5)
+    shares = [e["alrs/long_share"] for e in trainer.state.log_history if "alrs/long_share" in e]
+    assert set(shares) <= set(LONG_SHARES)
+
+    resumed = choosing(tmp_path / "resumed", moving_config(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-16"))
+    assert_equal(tensors_of(resumed.model), tensors_of(trainer.model))
+    again = choosing(tmp_path / "whole", moving_config(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{last // 16 * 16}"))
+    assert_equal(tensors_of(again.model), tensors_of(trainer.model))
+
+
+def test_choosing_the_average_changes_nothing_of_the_training(tmp_path: Path, quiet: Config) -> None:
+    rates = []
+    for choose in (True, False):
+        trainer = choosing(tmp_path / str(choose), quiet(choose_average=choose))
+        trainer.train()
+        lines = (tmp_path / str(choose) / "alrs_history.jsonl").read_text().splitlines()
+        rates.append([(entry["learning_rate"], entry["loss"]) for entry in map(json.loads, lines)])
+        assert len(trainer.tried) == (3 if choose else 0)
+    assert rates[0] == rates[1]
 
 
 @routes

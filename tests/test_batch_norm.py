@@ -316,7 +316,8 @@ def test_the_controllers_own_evaluations_do_without(
         save_strategy="steps", save_steps=4, report_to="none", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
     trainer = ALRSTrainer(
-        tiny_classifier(batch_norm=True), args, alrs_config=moving_config(controller_evaluations=8),
+        tiny_classifier(batch_norm=True), args,
+        alrs_config=moving_config(controller_evaluations=8, choose_average=False),
         train_dataset=tiny_dataset(), eval_dataset={"controller": tiny_dataset(16, seed=9)},
     )  # fmt: skip
     trainer.train()

@@ -1,6 +1,6 @@
 """
 Meta-training and the product are one implementation: the same small task, once as a member of a population and once as
-a torch model with a torch optimizer and [`ALRSScheduler`], gives the same features, rates, weights and averaged weights.
+a torch model with a torch optimizer and [`ALRSScheduler`], gives the same features, rates, weights and averaged weights, of which the same are chosen.
 
 A network is only as good as the match between what it was trained on and what it reads.
 """
@@ -18,6 +18,7 @@ from conftest import scratch_network
 from torch import nn
 
 from hf_alrs import ALRSConfig, ALRSScheduler, MetaLRNetwork
+from hf_alrs.averaging import LONG_SHARES
 from hf_alrs.features import FEATURE_NAMES, SIGNALS
 from hf_alrs.meta_training.population import Population, TaskSpec
 from hf_alrs.meta_training.rollout import Rollout, _Probe, rollout
@@ -63,12 +64,23 @@ def flat_weights(model: nn.Module) -> torch.Tensor:
 
 def product_run(
     population: Population, rate: float, config: ALRSConfig, num_evaluations: int
-) -> tuple[list[dict[str, Any]], torch.Tensor, torch.Tensor]:
-    """The task as a torch training loop: its history, the weights it leaves in the model, and those it trained."""
+) -> tuple[list[dict[str, Any]], torch.Tensor, list[torch.Tensor], float]:
+    """
+    The task as a torch training loop: its history, the weights it trained, the averaged ones for each share of the long
+    average, and the loss of those that the controller's split chooses.
+    """
     spec, T = population.spec, population.spec.num_training_steps
     model = MLP(population)
     optimizer = make_optimizer(model, spec, rate)
-    scheduler = ALRSScheduler(optimizer, T, config=config, steps_per_epoch=population.steps_per_epoch, model=model)
+    scheduler = ALRSScheduler(
+        optimizer, T, config=config, steps_per_epoch=population.steps_per_epoch, model=model, can_choose=True
+    )
+
+    @torch.no_grad()
+    def loss_on(split: str) -> float:
+        labels = population._labels[split][0]
+        return float(nn.functional.cross_entropy(model(population._inputs[split][0]), labels))
+
     every = T // num_evaluations if num_evaluations else T + 1
     for step in range(T):
         inputs, labels = (x[0] for x in population._batch(step))
@@ -90,25 +102,31 @@ def product_run(
             loss = nn.functional.cross_entropy(logits, labels)
             scheduler.observe_evaluation(loss, float((logits.argmax(-1) == labels).float().mean()))
     scheduler.flush()
-    left = flat_weights(model)
+    averages = []
+    for share in LONG_SHARES:
+        with scheduler.showing(share):
+            averages.append(flat_weights(model))
+    scheduler.choose_average(lambda: loss_on("controller"))
+    loss = loss_on("eval")
     scheduler.hide_average()
-    return scheduler.history, left, flat_weights(model)
+    return scheduler.history, flat_weights(model), averages, loss
 
 
 def rollout_with_average(
     population: Population, rate: float, network: MetaLRNetwork, config: ALRSConfig, num_evaluations: int
-) -> tuple[Rollout, torch.Tensor | None]:
-    """A rollout of one member, and its averaged weights at the end."""
-    buffers: list[torch.Tensor] = []
+) -> tuple[Rollout, list[torch.Tensor]]:
+    """A rollout of one member, and its two averages of the weights at the end, the long one last."""
+    buffers: dict[int, torch.Tensor] = {}
     update = population.update_average
 
-    def spy(average: torch.Tensor, num_updates: np.ndarray) -> None:
-        update(average, num_updates)
-        buffers[:] = [average]
+    def spy(average: torch.Tensor, num_updates: np.ndarray, gamma: int) -> None:
+        update(average, num_updates, gamma)
+        buffers[gamma] = average
 
     population.update_average = spy
     result = rollout(population, torch.tensor([math.log(rate)]), network, config, num_evaluations=num_evaluations)
-    return result, torch.cat([x[0] for x in population.split(buffers[0])]) if buffers else None
+    averages = (buffers[gamma] for gamma in sorted(buffers, reverse=True))
+    return result, [torch.cat([x[0] for x in population.split(average)]) for average in averages]
 
 
 def network_with_a_say() -> MetaLRNetwork:
@@ -158,9 +176,9 @@ def test_population_and_product_agree(case: str, average: bool, network_folder: 
         feedback_interval=0,
         average_weights=average,
     )
-    expected, averaged = rollout_with_average(population, rate, network, config, num_evaluations)
+    expected, two = rollout_with_average(population, rate, network, config, num_evaluations)
     weights = torch.cat([x[0] for x in population.split(population.weights)])
-    history, left, trained = product_run(population, rate, config, num_evaluations)
+    history, trained, averages, loss = product_run(population, rate, config, num_evaluations)
 
     decisions = [entry for entry in history if "features" in entry]
     assert len(decisions) == len(expected.features)
@@ -188,11 +206,15 @@ def test_population_and_product_agree(case: str, average: bool, network_folder: 
 
     torch.testing.assert_close(trained, weights, rtol=2e-3, atol=2e-3)
     if average:
-        torch.testing.assert_close(left, averaged, rtol=2e-3, atol=2e-3)
-        assert (left - trained).abs().max() > 1e-3, "the two must differ, or agreement means little"
+        for share, left in zip(LONG_SHARES, averages, strict=True):
+            torch.testing.assert_close(left, torch.lerp(*two, share), rtol=2e-3, atol=2e-3)
+        for left in (averages[0], averages[-1]):
+            assert (left - trained).abs().max() > 1e-3, "the two must differ, or agreement means little"
+        assert (averages[0] - averages[-1]).abs().max() > 1e-3
     else:
-        assert averaged is None
-        assert torch.equal(left, trained)
+        assert two == []
+        assert all(torch.equal(left, trained) for left in averages)
+    assert loss == pytest.approx(float(expected.loss[0]), rel=2e-3)
 
 
 def test_widths_of_a_conv_net_agree() -> None:

@@ -111,6 +111,12 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     parser.add_argument("--num_workers", type=int, default=2, help="Processes.")
     parser.add_argument("--final_lr_ratio", type=float, help="Of the runs, in place of the default.")
     parser.add_argument(
+        "--no_choose_average",
+        dest="choose_average",
+        action="store_false",
+        help="Without the choice of how far back averages of the weights go.",
+    )
+    parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/meta-evaluation"), help="For what is not to be run again."
     )
     options = parser.parse_args(arguments)
@@ -120,7 +126,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     if options.first_seed < 0:
         raise InputError("first_seed", options.first_seed, "must be at least 0.", "Correct it.")
     check_output_dir(options.output_dir)
-    config = ALRSConfig(final_lr_ratio=options.final_lr_ratio)
+    config = ALRSConfig(final_lr_ratio=options.final_lr_ratio, choose_average=options.choose_average)
     network = load_network(options.network, options.hidden_sizes, defaults.seed)
     seeds = range(options.first_seed, options.first_seed + options.num_groups)
     table = evaluate_network(
@@ -132,6 +138,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         options.num_workers,
         _Lines(),
         config.final_lr_ratio,
+        config.choose_average,
     )
     report = {
         "network": {"name": options.network, "sha256": network.fingerprint()},
@@ -144,6 +151,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     if config.final_lr_ratio is not None:
         report["final_lr_ratio"] = config.final_lr_ratio
         name += f"-decay-{config.final_lr_ratio}"
+    if not config.choose_average:
+        report["choose_average"] = False
+        name += "-fixed-average"
     path = options.output_dir / f"report-{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nHeld-out tasks: {json.dumps(table, indent=2)}\nStored in {path}")

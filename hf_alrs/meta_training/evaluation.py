@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,15 +97,13 @@ def evaluate_held_out(bank: Path, seeds: Sequence[int], network: Path, num_worke
         return summarize(list(pool.map(_evaluate, jobs)))
 
 
-def _judge(arguments: tuple[str, int, int, float | None, str, float | None]) -> dict[str, list]:
-    bank, seed, num_tasks, max_cost, network, final_lr_ratio = arguments
+def _judge(arguments: tuple[str, int, int, float | None, str, dict[str, Any]]) -> dict[str, list]:
+    bank, seed, num_tasks, max_cost, network, options = arguments
     path = Path(network) / f"group-{seed}.json"
     if not path.exists():
         fill_bank(Path(bank), [seed], num_tasks, max_cost)
         policy = MetaLRNetwork.from_pretrained(network)
-        evaluation = evaluate_group(
-            load_group(group_path(Path(bank), seed)), policy, ALRSConfig(final_lr_ratio=final_lr_ratio)
-        )
+        evaluation = evaluate_group(load_group(group_path(Path(bank), seed)), policy, ALRSConfig(**options))
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(evaluation))
         temporary.replace(path)
@@ -120,6 +119,7 @@ def evaluate_network(
     num_workers: int = 2,
     progress: Callable[[str, int, int], None] | None = None,
     final_lr_ratio: float | None = None,
+    choose_average: bool = True,
 ) -> dict[str, object]:
     """
     Judges a network on groups drawn from seeds of one's choice; what is stored in `output_dir` is not run again.
@@ -131,7 +131,7 @@ def evaluate_network(
         num_tasks (`int`), max_cost (`float`, *optional*): Of a group, as in `MetaTrainingConfig`.
         num_workers (`int`): Processes.
         progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, what is done of it and its total.
-        final_lr_ratio (`float`, *optional*): Of the [`ALRSConfig`] under which the network drives.
+        final_lr_ratio (`float`, *optional*), choose_average (`bool`): Of the [`ALRSConfig`] under which the network drives.
 
     Returns:
         `dict`: As of [`summarize`].
@@ -141,9 +141,12 @@ def evaluate_network(
     folder = bank / f"network-{network.fingerprint()[:12]}-control-v{CONTROL_VERSION}"
     if final_lr_ratio is not None:
         folder = folder.with_name(f"{folder.name}-{final_lr_ratio}")
+    if not choose_average:
+        folder = folder.with_name(f"{folder.name}-fixed-average")
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)
-    jobs = [(str(bank), seed, num_tasks, max_cost, str(folder), final_lr_ratio) for seed in seeds]
+    options = {"final_lr_ratio": final_lr_ratio, "choose_average": choose_average}
+    jobs = [(str(bank), seed, num_tasks, max_cost, str(folder), options) for seed in seeds]
     evaluations = []
     with ProcessPoolExecutor(num_workers, initializer=init_worker) as pool:
         for done, evaluation in enumerate(pool.map(_judge, jobs)):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..averaging import update_interval, update_share
+from ..averaging import GAMMA, update_interval, update_share
 from .data import TaskData, make_data
 from .spec import POPULATION_VERSION, TaskSpec, estimate_cost, pool_period, sample_spec
 
@@ -630,15 +630,16 @@ class Population:
         return loss, error / n
 
     @torch.no_grad()
-    def update_average(self, average: Tensor, num_updates: np.ndarray) -> None:
+    def update_average(self, average: Tensor, num_updates: np.ndarray, gamma: int = GAMMA) -> None:
         """
         Averages the weights (see [`hf_alrs.averaging`]), in place; a member's first update replaces what was there.
 
         Args:
             average (`Tensor`): The flat buffer of the average.
             num_updates (`np.ndarray` of shape `[num_members]`): Updates of each member before this one.
+            gamma (`int`, *optional*): How much later weights count for more.
         """
-        share = torch.from_numpy(update_share(num_updates)).float().to(self.device)
+        share = torch.from_numpy(update_share(num_updates, gamma)).float().to(self.device)
         first = torch.from_numpy(num_updates == 0).to(self.device) if (num_updates == 0).any() else None
         for mean, weight in zip(self.split(average), self.split(self.weights), strict=True):
             if first is not None:  # copied, because what is not finite stays so under any share

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..averaging import update_interval
+from ..averaging import GAMMA, LONG_GAMMA, LONG_SHARES, update_interval
 from ..config import ALRSConfig, steps_of
 from ..controller import WARM_DECISIONS, control, decay, decision_interval_of
 from ..features import (
@@ -44,7 +44,8 @@ class Rollout:
         features (`np.ndarray` of shape `[num_decisions, num_members, num_features]`): Features at each decision.
         log_rates (`np.ndarray` of shape `[num_decisions, num_members]`): ln of the peak rate in force.
         progress (`np.ndarray` of shape `[num_decisions]`): Share of the run that was over.
-        loss, error (`Tensor` of shape `[num_members]`): On the eval split at the end, of averaged weights if those are on.
+        loss, error (`Tensor` of shape `[num_members]`): On the eval split at the end, of averaged weights if those are on;
+            with `choose_average` of those that the loss on the controller's split chooses.
         restarts (`np.ndarray` of shape `[num_members]`): How often each member went back to its initial weights.
     """
 
@@ -152,7 +153,11 @@ def rollout(
     first_jump = max(1, math.ceil(steps_of(config.phase1_steps, total) / interval))
     evaluate_every = max(1, total // num_evaluations) if num_evaluations else total + 1
     population.reset()
-    averaged = population.initial_weights.clone() if config.average_weights else None
+    # Each with its gamma
+    averages: list[tuple[Tensor, int]] = []
+    if config.average_weights:
+        gammas = (GAMMA, LONG_GAMMA) if config.choose_average else (GAMMA,)
+        averages = [(population.initial_weights.clone(), gamma) for gamma in gammas]
     num_updates = np.zeros(size)
     probe = _Probe(population)
     state = initial_state((size,))
@@ -220,21 +225,22 @@ def rollout(
                 state = restart_state(state, restart)
                 mask = torch.from_numpy(restart).to(population.device)
                 population.restart(mask)
-                if averaged is not None:  # until the next update, the weights themselves are evaluated
+                for average, _ in averages:  # until the next update, the weights themselves are evaluated
                     for mean, weight in zip(
-                        population.split(averaged), population.split(population.weights), strict=True
+                        population.split(average), population.split(population.weights), strict=True
                     ):
                         mean[mask] = weight[mask]
                 probe.reset(mask)
         if (step + 1) % interval == 0:
             probe.record_previous()
-        if averaged is not None and (step + 1) % update_interval(total) == 0:
-            population.update_average(averaged, num_updates)
+        if averages and (step + 1) % update_interval(total) == 0:
+            for average, gamma in averages:
+                population.update_average(average, num_updates, gamma)
             num_updates += 1
         if (step + 1) % evaluate_every == 0:
-            eval_loss, eval_error = population.evaluate("controller", averaged)
+            eval_loss, eval_error = population.evaluate("controller", averages[0][0] if averages else None)
             state = update_evaluation(state, eval_loss.double().cpu().numpy(), 1.0 - eval_error.double().cpu().numpy())
-    loss, error = population.evaluate(weights=averaged)
+    loss, error = _final_evaluation(population, [average for average, _ in averages])
     empty = not kept
     return Rollout(
         features=np.zeros((0, size, 0)) if empty else np.stack([k[0] for k in kept]).astype(np.float32),
@@ -244,3 +250,14 @@ def rollout(
         error=error,
         restarts=restarts,
     )
+
+
+def _final_evaluation(population: Population, averages: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss and error of each member; of two averages with the share that does best on the controller's split."""
+    if len(averages) < 2:
+        return population.evaluate(weights=averages[0] if averages else None)
+    mixes = [torch.lerp(*averages, share) for share in LONG_SHARES]
+    chosen = torch.stack([population.evaluate("controller", mix)[0] for mix in mixes]).argmin(0, keepdim=True)
+    outcomes = [population.evaluate(weights=mix) for mix in mixes]
+    loss, error = (torch.stack(values).gather(0, chosen)[0] for values in zip(*outcomes, strict=True))
+    return loss, error

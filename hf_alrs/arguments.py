@@ -327,6 +327,9 @@ def parse(
         if not {"-h", "--help"} & set(arguments):
             print(f"No task and no dataset given: running {default_task} on the built-in offline sample.")
     chosen = {key: value or recipe.get(key) for key, value in given.items()}
+    for name, value in chosen.items():  # before they are looked for, of a file whose values may be of any type
+        if value is not None and not isinstance(value, str):
+            raise InputError(name, value, f"must be text in {known.config}.", "Correct the file.")
     task = find_task(chosen["task_name"] or default_task, tasks)
     chosen["task_name"] = task.name
     merged = [

@@ -151,7 +151,7 @@ class ALRSCallback(TrainerCallback):
             model=model,
         )
         resumed, stood_at = (lr_scheduler.__dict__.pop(key, None) for key in (STATE_KEY, STOOD_AT_KEY))
-        if resumed is not None and stood_at == lr_scheduler.last_epoch:
+        if resumed is not None and stood_at == _stands_at(lr_scheduler):
             scheduler.load_state_dict(resumed)
         elif state.global_step > 0:  # or an old one that a run without ALRS has carried along
             _refuse_without_state(state.global_step)
@@ -165,7 +165,7 @@ class ALRSCallback(TrainerCallback):
                 if key not in ("step", "get_last_lr", "state_dict")
             },
             STATE_KEY: scheduler.state_dict(),
-            STOOD_AT_KEY: lr_scheduler.last_epoch,
+            STOOD_AT_KEY: _stands_at(lr_scheduler),
         }
         return scheduler
 
@@ -281,6 +281,13 @@ class ALRSCallback(TrainerCallback):
         if self.write_history and state.is_world_process_zero:
             with open(Path(args.output_dir) / HISTORY_NAME, "a") as file:
                 file.writelines(_json_line(entry) for entry in entries)
+
+
+def _stands_at(scheduler: LRScheduler) -> Any:
+    """The step of a scheduler, or of each one that it is made of."""
+    if hasattr(scheduler, "last_epoch"):
+        return scheduler.last_epoch
+    return [_stands_at(part) for part in getattr(scheduler, "_schedulers", ())]  # of a `ChainedScheduler`
 
 
 class _ForwardHook:

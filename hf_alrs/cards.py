@@ -43,6 +43,27 @@ _NOT_RECIPE = re.compile(
     r"(output_dir|config|push_to_hub|hub_.*|report_to|run_name|logging_dir|disable_tqdm|log_level.*|do_.*|"
     r"resume_from_checkpoint|trackio_.*|project|local_rank|debug)"
 )
+# What of an `output_dir` makes up a published model
+MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "alrs_history.jsonl",
+    "*_results.json",
+    TRACE_FILE,
+    RECIPE_FILE,
+    CARD_FILE,
+    ".eval_results/*.yaml",
+)
 _METRIC_NAMES = {"f1": "F1", "loss": "Loss", "accuracy": "Accuracy"}
 
 
@@ -387,7 +408,8 @@ def eval_entries(model: TrainedModel) -> list[EvalResultEntry]:
 def eval_results(model: TrainedModel) -> list[EvalResult]:
     """The scores for the `model-index` of the card."""
     pipeline = PIPELINES[model.kind]
-    name, config = model.dataset or (model.task, None)
+    # Data of one's own has no name on the Hub, and is not what the task is called after
+    name, config = model.dataset or ("local", None)
     return [
         EvalResult(
             task_type=pipeline,
@@ -437,7 +459,7 @@ def model_card(model: TrainedModel, history: Sequence[Mapping[str, Any]], recipe
     lines = [
         f"# {model.name}",
         "",
-        f"{began} on {model.task}. {driver}",
+        f"{began} on {model.task if model.dataset else f'the data below, read as the task {model.task}'}. {driver}",
         "",
         f"Data: {_shown_source(model.source)}. Examples: {splits}. The split `controller`, carved from train, may drive the",
         "learning rate; `eval` is the one that is reported.",
@@ -494,25 +516,5 @@ def model_files(folder: Path) -> dict[str, Path]:
 
     Checkpoints, pickles and files of other origin stay where they are.
     """
-    patterns = (
-        "*.safetensors",
-        "*.safetensors.index.json",
-        "config.json",
-        "generation_config.json",
-        "*processor_config.json",
-        "tokenizer*",
-        "vocab*",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-        "*.model",
-        "alrs_history.jsonl",
-        "*_results.json",
-        TRACE_FILE,
-        RECIPE_FILE,
-        CARD_FILE,
-        ".eval_results/*.yaml",
-    )
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,14 @@ def _guard(command: Callable[[Sequence[str]], object], arguments: Sequence[str])
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {error.filename or 'output_dir'}: {error.strerror}. Make room; the same command goes on from what is stored.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         if debug:

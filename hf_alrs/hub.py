@@ -9,6 +9,7 @@ before the first byte is written.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
     HTTPError,  # of httpx or its successor, whichever this client is built on
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RevisionNotFoundError,
 )
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
@@ -53,7 +55,7 @@ class Upload:
         repo_type (`str`): `"model"`, `"dataset"` or `"space"`.
         repo_id (`str`): `user/name`.
         files (`Mapping[str, Path | bytes]`): Path in the repository -> a file here, or its content.
-        replaces (`Sequence[str]`, *optional*): Folders (`"results/"`) whose files of an earlier publication are removed.
+        replaces (`Sequence[str]`, *optional*): Patterns (`"results/*"`) of files of an earlier publication that are removed.
     """
 
     repo_type: str
@@ -116,6 +118,8 @@ def _told(error: Exception, kind: str) -> tuple[str, str]:
         return "this login has no right to do that (403).", f"Use your own namespace, or {_LOGIN} with write access."
     if status == 404 and isinstance(error, EntryNotFoundError):
         return f"the repository is there, and holds no {kind} (404).", "Check the name."
+    if status == 404 and isinstance(error, RevisionNotFoundError):
+        return "the repository is there, and has no such revision (404).", "Check --revision."
     if status == 404:
         return f"the Hub has no such {kind} (404).", f"Check the name; where it is private, {_LOGIN}."
     if status == 409:
@@ -239,9 +243,16 @@ def _commit(api: HfApi, upload: Upload, overwrite: bool, message: str) -> None:
     ]
     if overwrite and upload.replaces:
         there = api.list_repo_files(upload.repo_id, repo_type=upload.repo_type)
-        stale = [name for name in there if name.startswith(tuple(upload.replaces)) and name not in upload.files]
+        stale = [name for name in there if _is_replaced(name, upload) and name not in upload.files]
         operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
     api.create_commit(upload.repo_id, operations, commit_message=message, repo_type=upload.repo_type)
+
+
+def _is_replaced(name: str, upload: Upload) -> bool:
+    patterns = (
+        pattern for pattern in upload.replaces if "/" in pattern or "/" not in name
+    )  # the others are of the top
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @contextlib.contextmanager

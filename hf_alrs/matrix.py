@@ -20,11 +20,9 @@ import platform
 import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,6 +49,7 @@ from .recording import RunRecorder, clean_scores, hash_tensors
 from .report import read_result
 from .scheduler import ALRSScheduler
 from .unfinished import CheckpointKeeper, ProgressWriter, claimed, read_progress, write_whole
+from .workers import end_with, end_with_parent
 
 
 SCHEMA_VERSION = 1
@@ -504,7 +503,7 @@ def _launch_cell(
     """Runs a cell under the experiment's launcher, which starts `python -m hf_alrs.matrix` in several processes."""
     with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
         cell, record = Path(scratch) / "cell.pkl", Path(scratch) / "record.json"
-        cell.write_bytes(pickle.dumps((experiment, spec, folder.absolute())))
+        cell.write_bytes(pickle.dumps((experiment, spec, folder.absolute(), os.getpid(), platform.node())))
         command = [*shlex.split(experiment.launcher), "-m", "hf_alrs.matrix", str(cell), str(record)]
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths})
@@ -533,7 +532,9 @@ def _ended(process: subprocess.Popen) -> int | None:
 
 def _launched(cell: Path, record: Path) -> None:
     """What each process of a launched cell does."""
-    experiment, spec, folder = pickle.loads(cell.read_bytes())
+    experiment, spec, folder, starter, machine = pickle.loads(cell.read_bytes())
+    if machine == platform.node():  # a launcher may start processes on others too
+        end_with(starter)
     state = PartialState()
     with state.main_process_first():
         prepared = experiment.task.prepare(experiment.data)
@@ -592,7 +593,7 @@ def _parallel_records(
         gpu = index % gpus if gpus > 1 else None
         return pool.submit(_run_in_worker, experiment, spec, threads, gpu, _folder_of(spec, unfinished))
 
-    with ProcessPoolExecutor(num_jobs, context, _end_with_parent) as pool:
+    with ProcessPoolExecutor(num_jobs, context, end_with_parent) as pool:
         futures = {submit(pool, spec, index): spec for index, spec in enumerate(specs)}
         for spec, future in _as_completed(futures, unfinished, on_step):
             try:
@@ -606,7 +607,7 @@ def _parallel_records(
                 yield spec, record
     # A process that is killed takes the whole pool with it, and its cell is not known: each gets a pool of its own.
     for spec in killed:
-        with ProcessPoolExecutor(1, context, _end_with_parent) as pool:
+        with ProcessPoolExecutor(1, context, end_with_parent) as pool:
             for _, future in _as_completed({submit(pool, spec, 0): spec}, unfinished, on_step):
                 try:
                     record = future.result()
@@ -615,20 +616,6 @@ def _parallel_records(
                         experiment, spec, "the process of the run was killed, as for lack of memory"
                     )
         yield spec, record
-
-
-def _end_with_parent() -> None:
-    """
-    Ends this worker when its parent is killed, as it would go on unseen, beside the runs of the next command; and without a
-    traceback when both are interrupted from the keyboard.
-    """
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_completed(

@@ -12,6 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from .experiment import (
 )
 from .matrix import environment, split_sizes
 from .network import load_network
+from .unfinished import alone_in
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,21 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
     # TrainingArguments turns do_eval on by itself where eval_strategy is set: ask what was given.
     if not any(changed.get(name) for name in ("do_train", "do_eval", "do_predict")):
         args.do_train = args.do_eval = True
+    takes_folder = args.do_train and args.process_index == 0
+    with alone_in(Path(args.output_dir)) if takes_folder else nullcontext():
+        return _train_alone(task, data, alrs.scheduler, args, config, options, changed, token)
+
+
+def _train_alone(
+    task: Task,
+    data: DataArguments,
+    scheduler: str,
+    args: TrainingArguments,
+    config: ALRSConfig,
+    options: dict[str, Any],
+    changed: Mapping[str, Any],
+    token: str | None,
+) -> dict[str, float]:
     if args.do_train:
         _keep_recipe(Path(args.output_dir), cards.recipe_of(task.name, options), _local_paths(options), args)
     with args.main_process_first(desc="dataset"):
@@ -97,15 +114,15 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
             raise InputError(
                 "resume_from_checkpoint", args.resume_from_checkpoint, rule, "Give --fold, or leave it out."
             )
-        return _cross_validate(task, data, alrs.scheduler, args, config)
+        return _cross_validate(task, data, scheduler, args, config)
     repo_id = _prepare_push(args, changed, token)
 
     def on_end(trainer: Trainer) -> None:
-        _describe_model(task, prepared, alrs.scheduler, trainer, options, repo_id)
+        _describe_model(task, prepared, scheduler, trainer, options, repo_id)
         if repo_id is not None:
             _push_model(repo_id, Path(args.output_dir), token)
 
-    return _train_prepared(task, prepared, alrs.scheduler, args, config, data.model_name_or_path is not None, on_end)
+    return _train_prepared(task, prepared, scheduler, args, config, data.model_name_or_path is not None, on_end)
 
 
 def check_network(schedulers: Iterable[str], config: ALRSConfig) -> None:
@@ -230,7 +247,7 @@ def _describe_model(
 
 
 def _push_model(repo_id: str, folder: Path, token: str | None) -> None:
-    upload = hub.Upload("model", repo_id, cards.model_files(folder))
+    upload = hub.Upload("model", repo_id, cards.model_files(folder), replaces=cards.MODEL_FILES)
     try:
         address = hub.publish([upload], "hub_model_id", True, token=token, message="Trained with hf-alrs")[0]
     except InputError as error:

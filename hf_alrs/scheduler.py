@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -44,10 +45,15 @@ _IDLE_CALLS = 256
 def unwrapped_optimizer(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as accelerate's or SAM's, whose step is the one that moves the weights."""
     while True:
+        names = ["base_optimizer", "original_optimizer"]
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # of those that are no optimizer themselves
+            names.append("optim")
+        inner = [getattr(optimizer, name, None) for name in names]
+        found = next((candidate for candidate in inner if isinstance(candidate, Optimizer)), None)
         if hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        elif isinstance(getattr(optimizer, "base_optimizer", None), Optimizer):
-            optimizer = optimizer.base_optimizer
+        elif found is not None:
+            optimizer = found
         else:
             return optimizer
 
@@ -152,7 +158,7 @@ class ALRSScheduler(LRScheduler):
         self._initial: dict[str, Any] | None = None  # what a restart goes back to
         # Before the first forward pass, which moves batch-norm's statistics; parameters are copied at the first step.
         buffers = model.named_buffers() if model is not None else ()
-        self._buffer_names = [name for name, buffer in buffers if _is_restored(buffer)]
+        self._buffer_names = [_plain(name) for name, buffer in buffers if _is_restored(buffer)]
         self._initial_buffers = self._copied_buffers()
         # A wrapper that has no modes of its own gets them too
         self._switched = [inner] if optimizer is inner or hasattr(optimizer, "eval") else [inner, optimizer]
@@ -264,7 +270,7 @@ class ALRSScheduler(LRScheduler):
                 name = type(self._inner).__name__
                 self._warn(
                     "idle",
-                    f"`scheduler.step()` was called {_IDLE_CALLS} times and {name} has made no step: nothing is driven. Give "
+                    f"`scheduler.step()` was called {_IDLE_CALLS} times and {name} has made no step: nothing is driven so far. Give "
                     "the scheduler the optimizer whose `step` moves the weights, if it is another one.",
                 )
             return
@@ -668,7 +674,7 @@ class ALRSScheduler(LRScheduler):
         return [buffer.detach().clone() for buffer in self._buffers() if self.controller.restarts_possible]
 
     def _buffers(self) -> list[torch.Tensor]:
-        buffers = dict(self.model.named_buffers()) if self.model is not None else {}
+        buffers = {_plain(name): b for name, b in self.model.named_buffers()} if self.model is not None else {}
         nothing = torch.empty(0)  # a forward pass may make buffers, take them away, or exchange them for larger ones
         return [buffers.get(name, nothing) for name in self._buffer_names]
 
@@ -682,12 +688,22 @@ class ALRSScheduler(LRScheduler):
         for target, source in zip(self._restored_tensors(), kept["tensors"], strict=True):
             if _local(target).shape == source.shape:
                 _local(target).copy_(source)
-        self._inner.state.clear()
+        state = _state_of(self._inner)
+        state.clear()
         groups = self._inner.param_groups
         places = [(p, group) for group in groups for p in group["params"]]
+        changed = {
+            place
+            for place, p, source in zip(self._measured, self._parameters, kept["tensors"], strict=False)
+            if p.dtype != source.dtype
+        }
         for index, values in kept["optimizer"].items():
+            if isinstance(index, str):
+                state[index] = _mapped(copy.deepcopy(values), torch.clone)
+                continue
             parameter, group = places[index]
-            self._inner.state[parameter] = _mapped(values, partial(_cloned_beside, parameter=parameter, group=group))
+            beside = partial(_cloned_beside, parameter=parameter, group=group, cast=index in changed)
+            state[parameter] = _mapped(values, beside)
         present = _numbers_of_groups(self._inner)
         for group, now, then in zip(groups, present, kept["groups"], strict=False):  # later groups had none then
             for name in now.keys() - then.keys():  # of optimizers that begin to count at their first step
@@ -756,7 +772,8 @@ class ALRSScheduler(LRScheduler):
             "initial": self._initial,
             "snapshot": self._snapshot,
             "good": self._good,
-            "average": self._average.state_dict() if self._average is not None else None,
+            # Copied, as it is the one part that the run goes on to change in place
+            "average": self._average.state_dict(torch.device("cpu")) if self._average is not None else None,
             "rank": torch.distributed.get_rank() if any(map(is_sharded, self._parameters)) else None,
             "told": sorted(self._told),
             "measured": list(self._measured),
@@ -857,7 +874,7 @@ class ALRSScheduler(LRScheduler):
         device = self._recorder.device
         initial = state_dict["initial"]
         self._initial = _moved(initial, device)
-        self._buffer_names = list(state_dict["buffer_names"])
+        self._buffer_names = list(map(_plain, state_dict["buffer_names"]))
         self._snapshot = _moved(state_dict["snapshot"], device)
         self._good = _moved(state_dict["good"], torch.device("cpu"))
         if any(map(is_sharded, self._parameters)) and not _are_own_shards(state_dict["rank"], device):
@@ -888,6 +905,11 @@ class ALRSScheduler(LRScheduler):
             self.show_average()
             for values, kept in zip(self._statistics(), statistics, strict=True):
                 values.copy_(kept)
+
+
+def _plain(name: str) -> str:
+    """A name in a model without what compiling it or spreading it over processes puts before its parts."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
 
 
 def _is_restored(buffer: torch.Tensor) -> bool:
@@ -943,13 +965,21 @@ def _copied(tensor: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     return local.clone() if device is None else local.to(device, copy=True)
 
 
-def _cloned_beside(value: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """A copy on the parameter's device, sharded as it is; step counters are where torch's optimizers have them."""
+def _cloned_beside(
+    value: torch.Tensor, parameter: torch.Tensor, group: dict[str, Any], cast: bool = False
+) -> torch.Tensor:
+    """
+    A copy on the parameter's device, sharded as it is, and with `cast` of its type, as of a run that was resumed with weights
+    of another one; step counters are where torch's optimizers have them.
+    """
     if value.dim() == 0:
         beside = group.get("fused") or group.get("capturable")
         return value.to(parameter.device, copy=True) if beside else value.clone()
-    copy = value.to(parameter.device, copy=True)
-    return sharded_like(copy, parameter) if is_sharded(parameter) and value.shape == _local(parameter).shape else copy
+    dtype = parameter.dtype if cast and value.is_floating_point() else value.dtype
+    clone = value.to(parameter.device, dtype, copy=True)
+    return (
+        sharded_like(clone, parameter) if is_sharded(parameter) and value.shape == _local(parameter).shape else clone
+    )
 
 
 def _are_own_shards(rank: int | None, device: torch.device) -> bool:
@@ -959,14 +989,22 @@ def _are_own_shards(rank: int | None, device: torch.device) -> bool:
     return bool(own)
 
 
-def _copied_state(optimizer: Optimizer, device: torch.device | None) -> dict[int, dict[str, Any]]:
-    """The optimizer's state by parameter index, tensors copied."""
+def _state_of(optimizer: Optimizer) -> dict[Any, Any]:
+    """The state that the optimizer works with: ZeRO's is that of the one inside."""
+    inner = getattr(optimizer, "optim", None)
+    return inner.state if isinstance(inner, Optimizer) else optimizer.state
+
+
+def _copied_state(optimizer: Optimizer, device: torch.device | None) -> dict[int | str, Any]:
+    """The optimizer's state by parameter index, and what it keeps for all parameters by its name, tensors copied."""
+    state = _state_of(optimizer)
+
+    def copied(values: Any) -> Any:
+        return _mapped(values, lambda tensor: _copied(tensor, device if tensor.dim() > 0 else None))
+
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {
-        index: _mapped(dict(optimizer.state[p]), lambda tensor: _copied(tensor, device if tensor.dim() > 0 else None))
-        for index, p in enumerate(parameters)
-        if p in optimizer.state
-    }
+    of_parameters = {index: copied(dict(state[p])) for index, p in enumerate(parameters) if p in state}
+    return of_parameters | {key: copied(copy.deepcopy(value)) for key, value in state.items() if isinstance(key, str)}
 
 
 def _numbers_of_groups(optimizer: Optimizer) -> list[dict[str, float]]:

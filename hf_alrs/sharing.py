@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import cards, hub
-from .config import ALRSConfig, InputError
+from .config import ALRSConfig, InputError, check_output_dir
 from .network import load_network
 from .report import build_report, load_runs
 from .report.runs import REPORT_FILE
@@ -38,6 +38,7 @@ def publish_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Publish into repositories that are there already.")
     options = parser.parse_args(arguments)
     hub.check_repo_id("repo", options.repo)
+    check_output_dir(options.results_dir)  # a missing report is built there
     with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
         uploads = _result_uploads(options.results_dir, options.repo, options.space)
         if options.network is not None:
@@ -51,7 +52,7 @@ def publish_command(arguments: Sequence[str]) -> None:
                 raise InputError(
                     "model", str(options.model), "holds no trained model with its card.", "Give the folder of a run."
                 )
-            uploads.append(hub.Upload("model", f"{options.repo}-model", files))
+            uploads.append(hub.Upload("model", f"{options.repo}-model", files, replaces=cards.MODEL_FILES))
         addresses = hub.publish(uploads, "repo", options.overwrite, options.private or None)
     for upload, address in zip(uploads, addresses, strict=True):
         print(f"{upload.repo_type.capitalize()}: {address}")
@@ -88,7 +89,7 @@ def _result_uploads(folder: Path, repo_id: str, space: bool) -> list[hub.Upload]
     rows = cards.result_rows({run.path.name: run.record for run in runs})
     files[cards.RUNS_FILE] = cards.parquet_bytes(rows)
     files[cards.CARD_FILE] = card
-    uploads = [hub.Upload("dataset", repo_id, files, replaces=("results/", "data/"))]
+    uploads = [hub.Upload("dataset", repo_id, files, replaces=("results/*", "data/*"))]
     if space:
         title = f"Learning-rate schedulers on {', '.join(summary['tasks'])}"
         page = {"index.html": report, cards.CARD_FILE: cards.space_card(repo_id, title).encode()}
@@ -109,6 +110,7 @@ def pull_command(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     hub.check_repo_id("repo", options.repo)
     output_dir = options.output_dir or Path("outputs", "hub", *options.repo.split("/"))
+    check_output_dir(output_dir)
     with tempfile.TemporaryDirectory(prefix="hf-alrs-") as scratch:
         names = hub.download(options.repo, "dataset", "results", Path(scratch), _RESULT_NAMES, options.revision)
         runs = load_runs([Path(scratch)])  # what is no result stays outside

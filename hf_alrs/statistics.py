@@ -236,7 +236,7 @@ def paired_difference(
 
     Returns:
         [`PairedDifference`]: Positive means better than the baseline, whatever the direction of the score. The interval
-        is `nan` with a single pair.
+        is `nan` with a single pair, and with two that do not vary.
     """
     scores, baseline = np.asarray(scores, dtype=float), np.asarray(baseline, dtype=float)
     both_failed = np.isinf(scores) & (scores == baseline)
@@ -258,7 +258,8 @@ def paired_difference(
         if num_pairs > 1:
             margin = stats.t.ppf((1 + confidence) / 2, num_pairs - 1) * stats.sem(differences)
         interval = Interval(float(mean - margin), float(mean + margin))
-    if num_pairs < 2:
+    # Two differences may be equal by chance, as those of accuracies often are, and then say nothing of how they vary
+    if num_pairs < 2 or (num_pairs == 2 and mean != 0 and interval.low == interval.high and math.isfinite(mean)):
         interval = Interval(math.nan, math.nan)
     return PairedDifference(num_pairs, mean, interval, p_value)
 

@@ -22,6 +22,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
+from .config import InputError
 from .recording import RunRecorder
 
 
@@ -125,6 +126,28 @@ def claimed(folder: Path) -> Iterator[Path]:
             yield Path(scratch)
     else:
         yield folder
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """
+    A run's folder, made and taken until the run is over.
+
+    Raises:
+        `InputError`: If another run is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself, so that no file is left there
+    try:
+        with suppress(OSError):  # of file systems without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                rule = "another run is at work there."
+                raise InputError("output_dir", str(folder), rule, "Wait for its end, or give another one.") from error
+        yield
     finally:
         os.close(lock)
 

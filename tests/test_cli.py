@@ -1,6 +1,8 @@
 """The command line: recipes, precedence, the built-in sample, input errors with exit code 2."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -206,6 +208,9 @@ def test_an_option_that_cannot_be_read_is_told_in_one_sentence(tmp_path: Path) -
     with pytest.raises(InputError, match=r"num_train_epochs.*three.*recipe\.yaml.*--help") as caught:
         parse(["--task_name", "sst2", "--dataset_name", "sample", "--config", str(recipe)], TYPES, TASKS, "sst2")
     assert "usage" not in str(caught.value)
+    recipe.write_text("task_name: [titanic]\n")
+    with pytest.raises(InputError, match=r"task_name=\['titanic'\]: must be text in .*recipe\.yaml"):
+        parse(["--config", str(recipe)], TYPES, TASKS, "sst2")
     with pytest.raises(InputError, match=r"options='modle': unrecognized arguments: --modle x\. Correct"):
         parse(["--task_name", "sst2", "--dataset_name", "sample", "--modle", "x"], TYPES, TASKS, "sst2")
 
@@ -532,6 +537,19 @@ def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.strip().splitlines() == [
         "interrupted: the same command goes on from what is stored."
     ]
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def full(arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "outputs/run.json")
+
+    monkeypatch.setitem(cli.COMMANDS, "compare", (full, ""))
+    monkeypatch.setattr(sys, "argv", ["hf-alrs", "compare"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: outputs/run.json: No space left on device.")
 
 
 def test_a_table_without_an_eval_split_runs_over_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

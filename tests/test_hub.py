@@ -29,6 +29,7 @@ from hf_alrs.comparison import compare
 from hf_alrs.config import InputError
 from hf_alrs.controller import ALRSController
 from hf_alrs.features import FEATURE_VERSION
+from hf_alrs.hub import Upload, _is_replaced
 from hf_alrs.network import load_network
 from hf_alrs.report import build_report
 from hf_alrs.run import train as train_task
@@ -321,6 +322,8 @@ def test_what_is_not_there(hub: HubServer, results: Path, tmp_path: Path, run: C
     hub.add("dataset", "bob/other", {"README.md": b"", "data.csv": b"a\n1\n"})
     assert "hf-alrs publish" in message(*run("pull", "bob/other", "--output_dir", tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+    (tmp_path / "file").touch()
+    assert "no folder" in message(*run("pull", "bob/other", "--output_dir", tmp_path / "file"))
     message(*run("publish", tmp_path, "--repo", "alice/digits"))
     assert not any(name == "alice/digits" for _, name in hub.repos)
 
@@ -521,6 +524,8 @@ def test_a_model_of_the_sample(hub: HubServer, tmp_path: Path) -> None:
     card = ModelCard.load("alice/digits")
     assert "linear" in card.text and "for comparison" in card.text and card.data.datasets is None
     assert card.data.eval_results and card.data.pipeline_tag == "image-classification"
+    assert {result.dataset_type for result in card.data.eval_results} == {"local"}
+    assert "trained on the data below, read as the task cifar10" in card.text
 
 
 def test_a_push_that_cannot_work_fails_before_the_run(glue: HubServer, tmp_path: Path) -> None:
@@ -650,6 +655,14 @@ def test_publish_delete_and_train_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "trained again from alice/digits-network" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_another_model_leaves_no_file_of_the_one_before() -> None:
+    there = ["alrs_history.jsonl", "vocab.txt", "onnx/config.json", "notes.txt", ".eval_results/sst2.yaml"]
+    upload = Upload("model", "alice/model", {"config.json": b""}, replaces=cards.MODEL_FILES)
+    gone = [name for name in there if _is_replaced(name, upload)]
+    assert gone == ["alrs_history.jsonl", "vocab.txt", ".eval_results/sst2.yaml"], "what is not of a run stays"
+    assert _is_replaced("results/plots/a.svg", Upload("dataset", "alice/runs", {}, replaces=("results/*",)))
 
 
 def test_a_folder_with_spaces_is_named_by_its_last_part() -> None:

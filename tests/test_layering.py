@@ -13,7 +13,7 @@ PACKAGE = ROOT / "hf_alrs"
 
 # Who may be imported by whom: a room imports from rows above its own alone. A new room needs a row.
 ROWS = (
-    ("config", "features", "guard", "metrics", "statistics", "baselines", "range_test", "batch_norm"),
+    ("config", "features", "guard", "metrics", "statistics", "baselines", "range_test", "batch_norm", "workers"),
     ("hub",),
     ("network", "signals"),
     ("controller", "averaging"),

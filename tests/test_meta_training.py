@@ -372,6 +372,14 @@ def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path:
         meta_evaluate_command([*arguments, "--num_groups", "0"], dict)
     with pytest.raises(InputError, match="max_cost"):
         meta_evaluate_command([*arguments, "--max_cost", "0.5"], dict)
+    with pytest.raises(InputError, match="of two parts of the population"):
+        meta_evaluate_command([*arguments, "--first_seed", "99999"], dict)
+    with pytest.raises(InputError, match="seeds from 0 to 599,999"):
+        meta_evaluate_command([*arguments, "--first_seed", str(10**20)], dict)
+
+    meta_evaluate_command([*arguments, "--no_choose_average"], dict)
+    assert json.loads((tmp_path / "report-64-32-5-2-fixed-average.json").read_text())["choose_average"] is False
+    assert len(list(tmp_path.rglob("group-5.json"))) == 3
 
 
 def test_states_of_a_part_count_as_much_as_the_configuration_says(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import SchedulerType
 
 from hf_alrs import ALRSConfig, ALRSScheduler, InputError, get_scheduler
-from hf_alrs.scheduler import _cloned_beside, _moved
+from hf_alrs.scheduler import _cloned_beside, _moved, _plain, unwrapped_optimizer
 
 
 T, K = 40, 4
@@ -1547,3 +1547,67 @@ def test_several_optimizer_steps_for_a_call_leave_the_average_its_own(quiet: Con
         optimizer.step()
         scheduler.step()
     assert scheduler.state_dict()["average"]["num_updates"] == 4
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps for all parameters together, as some optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.state["k"] = self.state.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_a_rollback_brings_back_what_an_optimizer_keeps_for_all_parameters(quiet: Config) -> None:
+    model = Line()
+    optimizer = Counting(model.parameters(), lr=0.01)
+    scheduler = ALRSScheduler(optimizer, 100, config=quiet(rollback=True), model=model)
+    counts = []
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = loss_of(model, X) * (math.nan if step == 41 else 1.0)
+        scheduler.observe(loss=loss)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        counts.append(optimizer.state["k"])
+    scheduler.flush()
+    (back,) = [entry["step"] for entry in scheduler.drain_history() if entry.get("action") == "rollback"]
+    assert counts[back - 2] == back - 1
+    assert counts[back - 1] <= 41, "that of the last good moment"
+    assert counts[-1] == counts[back - 1] + 60 - back
+
+
+def test_wrappers_that_are_no_optimizers_are_seen_through() -> None:
+    inner = torch.optim.Adam(Line().parameters())
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer, name: str):
+            setattr(self, name, optimizer)
+
+    assert all(unwrapped_optimizer(Wrapper(inner, name)) is inner for name in ("original_optimizer", "optim"))
+
+
+def test_a_state_stays_as_it_was_taken(quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(average_weights=True), model=model)
+    train(model, optimizer, scheduler, 20)
+    kept = scheduler.state_dict()["average"]["average"]
+    before = [average.clone() for average in kept]
+    train(model, optimizer, scheduler, 10)
+    assert all(map(torch.equal, kept, before))
+
+
+def test_names_of_a_compiled_model_are_those_of_the_plain_one() -> None:
+    names = ("_orig_mod.net.1.running_mean", "module.net.1.running_mean", "net.1.running_mean")
+    assert {_plain(name) for name in names} == {"net.1.running_mean"}
+
+
+def test_state_of_a_run_with_other_weights_is_cast_beside_them() -> None:
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    moment, counter = torch.ones(3), torch.tensor(5.0)
+    assert _cloned_beside(moment, parameter, {}).dtype == torch.float32, (
+        "as optimizers that keep it in single precision"
+    )
+    assert _cloned_beside(moment, parameter, {}, cast=True).dtype == torch.bfloat16
+    assert _cloned_beside(counter, parameter, {}, cast=True).dtype == torch.float32

@@ -178,6 +178,15 @@ def test_paired_difference_of_one_seed_has_no_interval():
     assert statistics.paired_difference([], []).num_pairs == 0
 
 
+def test_two_equal_differences_tell_no_interval():
+    """Accuracies of few examples: one example more each time, which says nothing of how the difference varies."""
+    equal = statistics.paired_difference([0.75, 0.5], [0.5, 0.25])
+    assert equal.mean == 0.25
+    assert all(map(math.isnan, equal.interval))
+    other = statistics.paired_difference([0.75, 0.5], [0.5, 0.125])
+    assert not any(map(math.isnan, other.interval))
+
+
 def test_paired_difference_with_failed_runs():
     inf = math.inf
     always = statistics.paired_difference([0.4] * 3, [inf] * 3, higher_is_better=False)

@@ -13,12 +13,12 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from hf_alrs import unfinished
-from hf_alrs.config import ALRSConfig
+from hf_alrs.config import ALRSConfig, InputError
 from hf_alrs.experiment import DataArguments
 from hf_alrs.matrix import UNFINISHED, Experiment, RunSpec, build_matrix, run_matrix
 from hf_alrs.recording import RunRecorder
 from hf_alrs.report import validate_result
-from hf_alrs.unfinished import CheckpointKeeper, ProgressWriter, claimed, read_progress
+from hf_alrs.unfinished import CheckpointKeeper, ProgressWriter, alone_in, claimed, read_progress
 from tasks import TASKS
 
 
@@ -274,3 +274,11 @@ def test_workers_tell_their_steps_and_a_killed_run_is_run_again(
         record = json.loads((tmp_path / "runs" / spec.file_name).read_text())
         assert record["status"] == "completed"
         assert len(record["history"]["loss"]) == 52
+
+
+def test_a_folder_is_taken_by_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with alone_in(folder), pytest.raises(InputError, match="another run is at work there"), alone_in(folder):
+        pytest.fail("it was taken twice")
+    with alone_in(folder):  # and is free again
+        assert list(folder.iterdir()) == []

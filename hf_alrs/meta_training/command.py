@@ -13,7 +13,7 @@ from typing import Any
 from ..config import ALRSConfig, InputError, check_output_dir, read_yaml
 from ..network import load_network
 from .evaluation import evaluate_network
-from .spec import POPULATION_VERSION
+from .spec import END_OF_SEEDS, POPULATION_VERSION, family_of
 from .training import MetaTrainingConfig, meta_train
 
 
@@ -123,8 +123,13 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     for name in ("num_groups", "num_tasks", "max_cost", "num_workers"):
         if not getattr(options, name) >= 1:
             raise InputError(name, getattr(options, name), "must be at least 1.", "Correct it.")
-    if options.first_seed < 0:
-        raise InputError("first_seed", options.first_seed, "must be at least 0.", "Correct it.")
+    last = options.first_seed + options.num_groups - 1
+    if options.first_seed < 0 or last >= END_OF_SEEDS:
+        rule = f"seeds from 0 to {END_OF_SEEDS - 1:,} draw groups, and the last one would be {last:,}."
+        raise InputError("first_seed", options.first_seed, rule, "Correct it.")
+    if family_of(options.first_seed) != family_of(last):
+        rule = f"its {options.num_groups} groups would be of two parts of the population, which differ."
+        raise InputError("first_seed", options.first_seed, rule, "Judge on one part at a time.")
     check_output_dir(options.output_dir)
     config = ALRSConfig(final_lr_ratio=options.final_lr_ratio, choose_average=options.choose_average)
     network = load_network(options.network, options.hidden_sizes, defaults.seed)

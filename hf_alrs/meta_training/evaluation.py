@@ -19,6 +19,7 @@ import torch
 from ..config import ALRSConfig, InputError
 from ..controller import CONTROL_VERSION
 from ..network import MetaLRNetwork
+from ..workers import end_with_parent
 from .bank import Group, fill_bank, group_path, load_group
 from .population import GRID_SIZE
 from .rollout import rollout
@@ -30,7 +31,8 @@ class NothingLearntError(InputError):
 
 
 def init_worker() -> None:
-    """One torch thread a process, so that processes do not fight over cores."""
+    """One torch thread a process, so that processes do not fight over cores, and an end when the parent is killed."""
+    end_with_parent()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 

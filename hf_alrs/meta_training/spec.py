@@ -63,6 +63,8 @@ BRIEF_KINDS = {"mlp": 0.2, "conv": 0.6, "attention": 0.2}
 BRIEF_MIN_STEPS, BRIEF_MAX_STEPS = 20, 80
 BRIEF_PRETRAINED_SHARE = {"mlp": 0.0, "conv": 0.0, "attention": 0.5}
 _WIDE = ("large", "brief")
+# As many as each part has
+END_OF_SEEDS = 600_000
 
 
 @dataclass(frozen=True)

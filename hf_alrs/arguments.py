@@ -74,10 +74,10 @@ class ALRSArguments:
         },
     )
     choose_average: bool = field(
-        default=True,
+        default=False,
         metadata={
             "help": "Whether the controller's split chooses how far back the average of the weights goes, for one more copy of "
-            "them; --no_choose_average turns it off."
+            "them."
         },
     )
     batch_norm_samples: int = field(

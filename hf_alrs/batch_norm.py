@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,13 @@ class BatchNormStatistics:
             self._moving = [layer for layer in self._layers if layer.training]
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Takes the statistics of the weights that are in the model; keeps those there are where the model cannot be run."""
+    def refresh(self, roughly: bool = False) -> None:
+        """
+        Takes the statistics of the weights that are in the model; keeps those there are where the model cannot be run.
+
+        Args:
+            roughly (`bool`, *optional*, defaults to `False`): From a quarter of the examples.
+        """
         self.look()
         if self._batches is None or not self._moving:
             return
@@ -137,7 +143,8 @@ class BatchNormStatistics:
                     layer.momentum = None  # a plain mean over the batches
                 # What was compiled for training would be compiled again for this
                 with unchanged_random_numbers(), torch.compiler.set_stance("force_eager"):
-                    for batch in self._batches:
+                    number = len(self._batches)
+                    for batch in islice(self._batches, max(1, number // 4) if roughly else number):
                         self._forward(batch)
             failed = False
         except Exception as error:  # whatever a model says to a batch that it is not called with in training

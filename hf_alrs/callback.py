@@ -37,8 +37,9 @@ CONTROLLER = "controller"
 # forward pass costs a third of a step, so ten of them add 5 % at most to a run that sees 4,300 examples or more; a shorter
 # one pays for ten times the least number.
 _CONTROLLER_SHARE, _CONTROLLER_SAMPLES = 0.015, (64, 512)
-# Examples that choose the average, three times each: fewer than an evaluation by the script usually has
-_CHOICE_SAMPLES = 256
+# Examples that choose the average, three times each, and the share of the run's work so far that choices before the last one may
+# come to: as a forward pass costs a third of a step, a choice by n examples is as much as training on n.
+_CHOICE_SAMPLES, _CHOICE_SHARE = 256, 0.05
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
@@ -83,6 +84,7 @@ class ALRSCallback(TrainerCallback):
         # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
         self.choose_by: Callable[[], float] | None = None  # its loss there with the weights as they are
+        self.choice_cost = 0  # examples, of a choice
         self._chosen_at: int | None = None  # step of the last choice
         self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
         self.forward_batch: Callable[[Any], None] | None = None  # how `ALRSTrainer` runs its model
@@ -191,7 +193,7 @@ class ALRSCallback(TrainerCallback):
             start, before = time.perf_counter(), self.scheduler.seconds
             self._observe_evaluation(self.evaluate_controller())
             self.scheduler.seconds = before + time.perf_counter() - start
-        self._prepare_save(state, control)
+        self._prepare_save(args, state, control)
         self._write_history(args, state, wait=not control.should_save)
 
     def _controller_is_due(self, state: TrainerState, control: TrainerControl) -> bool:
@@ -205,20 +207,23 @@ class ALRSCallback(TrainerCallback):
         if f"{prefix}_loss" in metrics:
             self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
 
-    def _choose_average(self, state: TrainerState) -> None:
-        """Chooses the average for what is evaluated, saved or left at this step."""
+    def _choose_average(self, args: TrainingArguments, state: TrainerState, is_last: bool) -> None:
+        """Chooses the average for what is evaluated, saved or left at this step; before the end not more often than is cheap."""
         if self.choose_by is None or self._chosen_at == state.global_step:
+            return
+        work = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if not is_last and (self.scheduler.num_choices + 1) * self.choice_cost > _CHOICE_SHARE * work:
             return
         start, before = time.perf_counter(), self.scheduler.seconds
         if self.scheduler.choose_average(self.choose_by) is not None:
             self._chosen_at = state.global_step
         self.scheduler.seconds = before + time.perf_counter() - start
 
-    def _prepare_save(self, state: TrainerState, control: TrainerControl) -> None:
+    def _prepare_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """All processes read their losses now, because one alone writes the checkpoint, with the averaged weights."""
         is_last = control.should_training_stop or state.global_step >= state.max_steps
         if is_last or control.should_save or control.should_evaluate:
-            self._choose_average(state)
+            self._choose_average(args, state, is_last)
         if control.should_save:
             self.scheduler.prepare_save()
         elif control.should_evaluate:
@@ -228,7 +233,7 @@ class ALRSCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._prepare_save(state, control)
+        self._prepare_save(args, state, control)
         self._write_history(args, state, wait=not control.should_save)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -254,7 +259,7 @@ class ALRSCallback(TrainerCallback):
         self.scheduler.flush()
         self._write_history(args, state)
         if not (args.load_best_model_at_end and state.best_model_checkpoint):  # which has been loaded by now
-            self._choose_average(state)
+            self._choose_average(args, state, is_last=True)
             self.scheduler.show_average()
         self._detach()
 
@@ -419,6 +424,9 @@ class ALRSTrainer(Trainer):
         indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset) and has_length(split)
         self.alrs_callback.evaluate_controller = self._evaluate_controller if indexed else None
         self.alrs_callback.choose_by = self._choice_loss if indexed and self.alrs_config.choose_average else None
+        if indexed:
+            statistics = self.alrs_config.batch_norm_samples // 4 if tracking_layers(self.model) else 0
+            self.alrs_callback.choice_cost = min(len(split), _CHOICE_SAMPLES) + statistics
         return super().train(*args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:

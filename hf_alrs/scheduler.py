@@ -165,6 +165,7 @@ class ALRSScheduler(LRScheduler):
         if self.config.average_weights:
             self._average = self._new_average(self._parameters)
         self.batch_norm: BatchNormStatistics | None = None
+        self.num_choices = 0  # of the average
         self._batch_norm_fresh = False  # whether the model holds statistics of the averaged weights
         self._snapshot: dict[str, Any] | None = None
         self._good: dict[str, Any] | None = None  # what a rollback goes back to, on the CPU
@@ -390,8 +391,8 @@ class ALRSScheduler(LRScheduler):
     def choose_average(self, evaluate: Callable[[], float]) -> float | None:
         """
         Chooses how far back the average of the weights goes by the loss on the controller's split, and leaves it in the
-        model. For a scheduler that was made with `can_choose`, unless the configuration says no; [`ALRSTrainer`] calls it
-        before its evaluations, before it saves, and at the end.
+        model. For a scheduler that was made with `can_choose`, and `choose_average` in the configuration; [`ALRSTrainer`]
+        calls it at the end, and before as often as it costs little.
 
         Args:
             evaluate (`Callable[[], float]`): Mean loss of the model as it is, on examples that are neither trained on nor
@@ -404,26 +405,39 @@ class ALRSScheduler(LRScheduler):
             return None
         losses = []
         for share in LONG_SHARES:
-            with self.showing(share):
+            with self.showing(share, roughly=True):
                 loss = float(evaluate())
             losses.append(loss if math.isfinite(loss) else math.inf)
         self._average.long_share = LONG_SHARES[losses.index(min(losses))]
+        self.num_choices += 1
         self._show_average()
         return self._average.long_share
 
     @contextmanager
-    def showing(self, long_share: float) -> Iterator[None]:
-        """Has the averaged weights in the model, with this share of the long average where there is one; for one evaluation."""
+    def showing(self, long_share: float, roughly: bool = False) -> Iterator[None]:
+        """
+        Has the averaged weights in the model for one evaluation.
+
+        Args:
+            long_share (`float`): Share of the long average, where there is one.
+            roughly (`bool`, *optional*, defaults to `False`): Whether a part of the examples is enough for batch-norm.
+        """
         if self._average is None:
             yield
             return
         # The attribute, as Trainer's evaluations call the optimizer's `eval()` themselves
         chosen, self._average.long_share = self._average.long_share, long_share
+        batch_norm = self.batch_norm
         try:
+            if roughly and batch_norm is not None:
+                self.batch_norm = None
+                self._show_average()
+                batch_norm.refresh(roughly=True)
             self.show_average()
             yield
         finally:
-            self._average.long_share = chosen
+            self._average.long_share, self.batch_norm = chosen, batch_norm
+            self._batch_norm_fresh &= not roughly
 
     @property
     def long_share(self) -> float | None:
@@ -788,6 +802,7 @@ class ALRSScheduler(LRScheduler):
             "last_epoch": self.last_epoch,
             "step_count": self._step_count,
             "seconds": self.seconds,
+            "num_choices": self.num_choices,
         }
         # Trainer and accelerate load a scheduler's state onto the devices that it was saved from, which may not be there
         return _moved(state, torch.device("cpu"), scalars=True)
@@ -899,7 +914,7 @@ class ALRSScheduler(LRScheduler):
         self.history = []  # of a run that was interrupted in this process
         self.base_lrs = list(state_dict["base_lrs"])
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["step_count"]
-        self.seconds = state_dict["seconds"]
+        self.seconds, self.num_choices = state_dict["seconds"], state_dict["num_choices"] + 0
         self._set_rates()
         if self._steps >= self.controller.num_training_steps:
             self.show_average()

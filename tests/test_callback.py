@@ -585,7 +585,7 @@ def test_the_controllers_split_is_evaluated_during_training(
         trainer = counter.trainer = make_trainer(
             "trainer",
             arguments(tmp_path / str(number)),
-            ALRSConfig(network=folder, controller_evaluations=number, choose_average=False, **still),
+            ALRSConfig(network=folder, controller_evaluations=number, **still),
             model=tiny_classifier(dropout=0.3),
             eval_dataset={"controller": tiny_dataset(100, seed=9), "held_out": tiny_dataset(16, seed=10)},
             compute_metrics=accuracy,
@@ -681,8 +681,7 @@ def test_a_second_training_is_steered_by_the_split_it_is_given(tmp_path: Path, m
         alrs_config=moving_config(controller_evaluations=2),
         train_dataset=tiny_dataset(),
     )
-    # In the middle of the run, and three times for the choice of the average at its end
-    for evaluated, split in ((0, None), (4, splits[0]), (4, splits[1])):
+    for evaluated, split in ((0, None), (1, splits[0]), (1, splits[1])):
         trainer.eval_dataset = None if split is None else {"controller": split}
         seen.clear()
         trainer.train()

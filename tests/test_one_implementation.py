@@ -175,6 +175,7 @@ def test_population_and_product_agree(case: str, average: bool, network_folder: 
         meta_num_epochs=0,
         feedback_interval=0,
         average_weights=average,
+        choose_average=average,
     )
     expected, two = rollout_with_average(population, rate, network, config, num_evaluations)
     weights = torch.cat([x[0] for x in population.split(population.weights)])

@@ -111,10 +111,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     parser.add_argument("--num_workers", type=int, default=2, help="Processes.")
     parser.add_argument("--final_lr_ratio", type=float, help="Of the runs, in place of the default.")
     parser.add_argument(
-        "--no_choose_average",
-        dest="choose_average",
-        action="store_false",
-        help="Without the choice of how far back averages of the weights go.",
+        "--choose_average",
+        action="store_true",
+        help="Have a held-out part choose how far back averages of the weights go.",
     )
     parser.add_argument(
         "--output_dir", type=Path, default=Path("outputs/meta-evaluation"), help="For what is not to be run again."
@@ -156,9 +155,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     if config.final_lr_ratio is not None:
         report["final_lr_ratio"] = config.final_lr_ratio
         name += f"-decay-{config.final_lr_ratio}"
-    if not config.choose_average:
-        report["choose_average"] = False
-        name += "-fixed-average"
+    if config.choose_average:
+        report["choose_average"] = True
+        name += "-choice"
     path = options.output_dir / f"report-{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nHeld-out tasks: {json.dumps(table, indent=2)}\nStored in {path}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +32,25 @@ FILE_FORMATS = {
 }
 # Datasets mark the rows of an unlabelled split this way.
 UNLABELLED = -1
+# What `load_dataset` takes for the name of a split wherever it is a word of a path
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+# Names that are splits by themselves: the same in any letter case and numbered, the parts of MNLI, and two more
+_SPLIT_NAME = re.compile(
+    r"(?:(?P<train>train|training|trainset)"
+    r"|(?P<validation>validation|valid|val|dev)(?P<validation_part>_matched|_mismatched)?"
+    r"|(?P<test>test|testing|testset|eval|evaluation)(?P<test_part>_matched|_mismatched)?)"
+    r"(?:[-_. ]?\d+(?:-of-\d+)?(?:-[0-9a-f]{16})?)?",
+    re.IGNORECASE,
+)
+_DATA_FILE = re.compile(
+    r"(?P<stem>[^.].*?)(?P<suffix>\.(?:csv|tsv|json|jsonl|parquet))(?:\.(?:gz|bz2|xz|zst|lz4|zip))?", re.IGNORECASE
+)
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_IMAGE_LISTS = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 
 
 @dataclass
@@ -227,12 +248,19 @@ def _load_local(path: Path, name: str, given_config: str | None, task_config: st
         if options and _has_bare_quotes(path):
             options["quoting"] = csv.QUOTE_NONE
         attempts = [lambda: load_dataset(FILE_FORMATS[suffix], data_files={"train": str(path)}, **options)]
+        data_files = None
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         attempts = [lambda: load_from_disk(str(path))]
+        data_files = None
     else:
         if not any(entry.is_file() for entry in path.rglob("*")):
             raise InputError("dataset_name", name, "the folder holds no data files.", remedy)
-        attempts = [lambda: load_dataset(str(path), given_config)]
+        data_files = _split_files(path)
+        if given_config is not None or _says_its_files(path):
+            attempts = [lambda: load_dataset(str(path), given_config)]
+        else:
+            _refuse_classes_named_as_splits(path, name)
+            attempts = [lambda: load_dataset(str(path), data_files=data_files)]
         if given_config is None and task_config is not None:
             # A downloaded copy of the whole of GLUE has several configurations; a folder with one task has none.
             attempts.append(lambda: load_dataset(str(path), task_config))
@@ -243,7 +271,7 @@ def _load_local(path: Path, name: str, given_config: str | None, task_config: st
         except Exception as caught:
             error = error or caught
             continue
-        return {"train": loaded} if isinstance(loaded, Dataset) else _labelled_images(path, dict(loaded))
+        return {"train": loaded} if isinstance(loaded, Dataset) else _labelled_images(data_files, dict(loaded))
     empty = _empty_file(path)
     if empty is not None:
         raise InputError(
@@ -252,22 +280,136 @@ def _load_local(path: Path, name: str, given_config: str | None, task_config: st
     raise InputError("dataset_name", name, f"cannot be read ({_first_line(error)}).", remedy) from error
 
 
-def _labelled_images(path: Path, loaded: dict[str, Dataset]) -> dict[str, Dataset]:
+def _split_files(path: Path) -> dict[str, list[str]] | None:
+    """
+    The files of each split of a folder, where its sub-folders or else its files are named as splits.
+
+    `load_dataset` looks for the words of such names anywhere in a path, and only in lower case: it would take a class called
+    test-tube for a part of the test split, and all of Train.csv and Test.csv for train. `None` leaves the folder to it.
+    """
+    if any((path / name).exists() for name in _IMAGE_LISTS):
+        return None
+    folders = _filled_folders(path)
+    if any(_split_name(folder.name) is None for folder in folders) and all(
+        _holds_images(folder) and not _split_words(folder.name) for folder in folders
+    ):
+        return None  # classes, one of which is called Train
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and _DATA_FILE.fullmatch(entry.name))
+    for entries, stem in (
+        (folders, lambda entry: entry.name),
+        (files, lambda entry: _DATA_FILE.match(entry.name)["stem"]),
+    ):
+        splits: dict[str, list[Path]] = {}
+        for entry in entries:
+            split = _split_name(stem(entry))
+            if split is not None:
+                splits.setdefault(split, []).append(entry)
+            elif _split_words(stem(entry)):
+                return None  # such as train_more.csv, which `load_dataset` adds to train
+        if "train" in splits:
+            return _data_files(splits)
+        if any(
+            _split_words(inner.name) for entry in entries for inner in (entry, *entry.rglob("*")) if inner.is_dir()
+        ):
+            return None  # `load_dataset` too looks at folders before files
+    return None
+
+
+def _refuse_classes_named_as_splits(path: Path, name: str) -> None:
+    folders = _filled_folders(path)
+    taken = [folder.name for folder in folders if _split_words(folder.name)]
+    others = [folder.name for folder in folders if not _split_words(folder.name)]
+    if taken and others and all(_holds_images(folder) for folder in folders):
+        raise InputError(
+            "dataset_name",
+            name,
+            f"a class is taken for a split by its name: images lie in the folder {taken[0]} as they do beside it in "
+            f"{', '.join(others[:5])}.",
+            "If it is a class, rename it, or put the folders of all classes into one called train; "
+            "if it is a split, put folders of its classes into it.",
+        )
+
+
+def _filled_folders(path: Path) -> list[Path]:
+    """The sub-folders that hold a file, without hidden ones and those that archives of a Mac have beside the data."""
+    return sorted(
+        entry
+        for entry in path.iterdir()
+        if entry.is_dir()
+        and not entry.name.startswith((".", "__"))
+        and any(file.is_file() for file in entry.rglob("*"))
+    )
+
+
+def _data_files(splits: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
+    """What `load_dataset` takes as `data_files`: of tables the files of their most frequent kind, else all that there is."""
+
+    def kind(file: Path) -> str:
+        found = _DATA_FILE.fullmatch(file.name)
+        return FILE_FORMATS[found["suffix"].lower()] if found else file.suffix.lower()
+
+    files = {
+        split: [
+            file
+            for entry in entries
+            for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])
+            if file.is_file() and not file.name.startswith(".")
+        ]
+        for split, entries in splits.items()
+    }
+    kinds = Counter(kind(file) for some in files.values() for file in some if file.name not in _IMAGE_LISTS)
+    common = max(kinds, key=lambda key: (kinds[key], key), default="")
+    tables = {split: [str(file) for file in some if kind(file) == common] for split, some in files.items()}
+    if common in FILE_FORMATS.values() and all(tables.values()):
+        return tables
+    return {
+        split: [f"{entry}/**" if entry.is_dir() else str(entry) for entry in entries]
+        for split, entries in splits.items()
+    }
+
+
+def _split_name(name: str) -> str | None:
+    """The split that something is called by its whole name, as `load_dataset` calls splits."""
+    found = _SPLIT_NAME.fullmatch(name)
+    if found is None:
+        return None
+    split = next(split for split in SPLIT_WORDS if found[split])
+    return split + (found.groupdict().get(f"{split}_part") or "").lower()
+
+
+def _split_words(name: str) -> set[str]:
+    """The words in a name that `load_dataset` takes for splits."""
+    return set(re.split(r"[-._ 0-9]+", name)) & {word for words in SPLIT_WORDS.values() for word in words}
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether images lie in a folder as they do in that of a class: not in folders of its own, and without a list."""
+    files = [entry.name.lower() for entry in folder.iterdir() if entry.is_file()]
+    return any(Path(file).suffix in _IMAGES for file in files) and not _IMAGE_LISTS.intersection(files)
+
+
+def _says_its_files(path: Path) -> bool:
+    """Whether the head of a folder's README.md, or another file, tells `load_dataset` about the folder's files."""
+    for name in ("README.md", ".huggingface.yaml"):
+        file = path / name
+        if file.is_file() and re.search(r"^(configs|dataset_info):", file.read_text("utf-8", errors="replace"), re.M):
+            return True
+    return (path / "dataset_infos.json").is_file()
+
+
+def _labelled_images(data_files: dict[str, list[str]] | None, loaded: dict[str, Dataset]) -> dict[str, Dataset]:
     """
     The splits of a folder, read one by one where they are images without labels: `datasets` reads none from the names of folders
     if the images of any split, such as a test split to predict, are in no folder of a class.
     """
     from datasets import load_dataset
 
-    if len(loaded) < 2 or any(rows.column_names != ["image"] for rows in loaded.values()):
+    if data_files is None or len(loaded) < 2 or any(rows.column_names != ["image"] for rows in loaded.values()):
         return loaded
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
-    if "train" not in {folder.name for folder in folders}:
-        return loaded
-    try:
-        return {folder.name: load_dataset("imagefolder", data_dir=str(folder), split="train") for folder in folders}
-    except Exception:  # of the many types that folders without images raise
-        return loaded
+    return {
+        split: load_dataset("imagefolder", data_files={"train": files}, split="train")
+        for split, files in data_files.items()
+    }
 
 
 def _has_bare_quotes(path: Path) -> bool:

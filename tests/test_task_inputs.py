@@ -594,3 +594,105 @@ def test_images_to_predict_need_no_folder_of_a_class(tmp_path):
     task = TASKS["cifar10"].prepare(DataArguments(task_name="cifar10", dataset_name=str(tmp_path), controller_split=0))
     assert task.label_names == ["dark", "light"]
     assert (len(task.train_dataset), len(task.eval_dataset), len(task.predict_dataset)) == (12, 12, 1)
+
+
+def save_pictures(folder, classes, count=8, start=0):
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            shade = start + 40 * number + index
+            Image.new("RGB", (16, 16), (shade, shade, shade)).save(folder / name / f"{index}.png")
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "test"), ("Training", "Testing"), ("TRAIN", "Val"), ("trainset", "testset")]
+)
+@pytest.mark.parametrize("classes", [("beaker", "test-tube"), ("bus", "train"), ("dev", "test")])
+def test_classes_that_are_named_as_splits(names, classes, tmp_path):
+    save_pictures(tmp_path / names[0], classes)
+    save_pictures(tmp_path / names[1], classes, count=6, start=100)
+    (tmp_path / names[0] / "Thumbs.db").write_bytes(b"not a picture")
+    (tmp_path / "README.md").write_text("# Pictures\n")
+    task = TASKS["cifar10"].prepare(DataArguments(task_name="cifar10", dataset_name=str(tmp_path), controller_split=0))
+    assert task.label_names == list(classes)
+    assert (len(task.train_dataset), len(task.eval_dataset)) == (16, 12)
+    assert task.train_dataset.images.max() < 100 <= task.eval_dataset.images.min()
+
+
+@pytest.mark.parametrize("name", ["train", "test", "test-tube"])
+def test_a_class_that_is_taken_for_a_split(name, tmp_path):
+    save_pictures(tmp_path, ("bus", "car", name))
+    error = refused(task_name="cifar10", dataset_name=str(tmp_path))
+    assert (
+        error.field == "dataset_name"
+        and f"taken for a split by its name: images lie in the folder {name}" in error.rule
+    )
+
+
+def test_classes_without_splits(tmp_path):
+    save_pictures(tmp_path, ("Train", "bus"), count=20)
+    task = TASKS["cifar10"].prepare(DataArguments(task_name="cifar10", dataset_name=str(tmp_path)))
+    assert task.label_names == ["Train", "bus"]
+
+
+def test_pictures_with_a_list_of_labels(tmp_path):
+    for split, count in (("Train", 20), ("Test", 8)):
+        (tmp_path / split).mkdir()
+        for index in range(count):
+            Image.new("RGB", (16, 16), (index, index, index)).save(tmp_path / split / f"{index}.png")
+        lines = ["file_name,label", *(f"{index}.png,{('cat', 'dog')[index % 2]}" for index in range(count))]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(lines) + "\n")
+    splits = load_source(DataArguments(task_name="cifar10", dataset_name=str(tmp_path)), "").splits
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 20, "test": 8}
+    assert splits["test"].unique("label") == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes"),
+    [
+        (["Train.csv", "Valid.csv", "Test.csv"], {"train": 1, "validation": 2, "test": 3}),
+        (["training.csv", "devel.csv", "TESTING.csv"], {"train": 1, "test": 3}),
+        (["train/one.csv", "train/test-2.csv", "Dev/train.csv"], {"train": 3, "validation": 3}),
+        (["train-00000-of-00002.csv", "train-00001-of-00002.csv", "Test.csv"], {"train": 3, "test": 3}),
+        (["train.csv.gz", "dev_matched.csv.gz", "dev_mismatched.csv.gz"],
+         {"train": 1, "validation_matched": 2, "validation_mismatched": 3}),
+        # What is left to `load_dataset`
+        (["train.csv", "train_more.csv", "test.csv"], {"train": 3, "test": 3}),
+        (["my-train.csv", "my-test.csv"], {"train": 1, "test": 2}),
+        (["data/train-00000-of-00001.csv", "data/other-00000-of-00001.csv"], {"train": 1, "other": 2}),
+    ],
+)  # fmt: skip
+def test_files_and_folders_named_as_splits(names, sizes, tmp_path):
+    for number, name in enumerate(names, start=1):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pd.DataFrame(texts(number)).to_csv(tmp_path / name, index=False)
+        (tmp_path / name).with_name("notes.txt").write_text("no data")
+    splits = load_source(DataArguments(task_name="imdb", dataset_name=str(tmp_path)), "").splits
+    assert {split: len(rows) for split, rows in splits.items()} == sizes
+
+
+def test_a_readme_that_tells_the_splits(tmp_path):
+    for number, name in enumerate(("train.csv", "test.csv", "rest.csv"), start=1):
+        pd.DataFrame(texts(number)).to_csv(tmp_path / name, index=False)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rest.csv\n---\n"
+    )
+    splits = load_source(DataArguments(task_name="imdb", dataset_name=str(tmp_path)), "").splits
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 3}
+
+
+def test_both_evaluations_of_mnli(tmp_path):
+    sizes = {"train": 30, "validation_matched": 6, "validation_mismatched": 9, "test_matched": 4, "test_mismatched": 5}
+    for split, size in sizes.items():
+        rows = {"premise": ["a"] * size, "hypothesis": ["b"] * size, "label": [n % 3 for n in range(size)]}
+        if split.startswith("test"):
+            rows["label"] = [-1] * size
+        pd.DataFrame(rows).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    task = TASKS["mnli"].prepare(
+        DataArguments(
+            task_name="mnli",
+            dataset_name=str(tmp_path),
+            model_name_or_path=save_encoder(tmp_path.parent / "mnli-model"),
+        )
+    )
+    assert (len(task.eval_dataset), len(task.predict_dataset)) == (6, 4)

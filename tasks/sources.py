@@ -256,14 +256,18 @@ def _load_local(path: Path, name: str, given_config: str | None, task_config: st
         if not any(entry.is_file() for entry in path.rglob("*")):
             raise InputError("dataset_name", name, "the folder holds no data files.", remedy)
         data_files = _split_files(path)
+        options = {}
+        tables = [file for file in path.rglob("*") if _DATA_FILE.fullmatch(file.name) and file.is_file()]
+        if {file.suffix.lower() for file in tables} == {".tsv"} and any(_has_bare_quotes(file) for file in tables):
+            options["quoting"] = csv.QUOTE_NONE
         if given_config is not None or _says_its_files(path):
-            attempts = [lambda: load_dataset(str(path), given_config)]
+            attempts = [lambda: load_dataset(str(path), given_config, **options)]
         else:
             _refuse_classes_named_as_splits(path, name)
-            attempts = [lambda: load_dataset(str(path), data_files=data_files)]
+            attempts = [lambda: load_dataset(str(path), data_files=data_files, **options)]
         if given_config is None and task_config is not None:
             # A downloaded copy of the whole of GLUE has several configurations; a folder with one task has none.
-            attempts.append(lambda: load_dataset(str(path), task_config))
+            attempts.append(lambda: load_dataset(str(path), task_config, **options))
     error: Exception | None = None
     for attempt in attempts:
         try:
@@ -316,6 +320,8 @@ def _split_files(path: Path) -> dict[str, list[str]] | None:
 
 
 def _refuse_classes_named_as_splits(path: Path, name: str) -> None:
+    if any((path / name).exists() for name in _IMAGE_LISTS):
+        return
     folders = _filled_folders(path)
     taken = [folder.name for folder in folders if _split_words(folder.name)]
     others = [folder.name for folder in folders if not _split_words(folder.name)]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -544,6 +545,15 @@ def test_quotation_marks_in_tables_with_tabs(tmp_path):
         source = load_source(DataArguments(task_name="sst2", dataset_name=str(tmp_path / f"{name}.tsv")), "")
         assert len(source.splits["train"]) == 60
         assert source.splits["train"][0]["sentence"] == first
+        for number, names in enumerate(
+            (("train", "dev"), ("rows",))
+        ):  # told by their names, and left to `load_dataset`
+            folder = tmp_path / f"{name}-{number}"
+            folder.mkdir()
+            for split in names:
+                shutil.copy(tmp_path / f"{name}.tsv", folder / f"{split}.tsv")
+            splits = load_source(DataArguments(task_name="sst2", dataset_name=str(folder)), "").splits
+            assert all((len(rows), rows[0]["sentence"]) == (60, first) for rows in splits.values())
 
 
 def test_row_numbers_are_not_learnt_from():

@@ -593,8 +593,9 @@ def encode_labels(rows: Dataset, column: str, names: Sequence[str], split: str) 
     """
     values = rows.with_format(None)[column][:]
     own = getattr(rows.features[column], "names", None) or []
-    if own and list(own) != list(names) and {name.lower() for name in own} <= {name.lower() for name in names}:
-        # Encoded by itself: a split without one of the classes numbers the others differently
+    known = {name.lower() for name in names}
+    if own and list(own) != list(names) and any(name.lower() in known for name in own):
+        # Encoded by itself: a split without one of the classes, or with one more, numbers the others differently
         values = [own[value] if value is not None and 0 <= value < len(own) else value for value in values]
     if any(isinstance(value, str) for value in values):
         index = {name: number for number, name in enumerate(names)}

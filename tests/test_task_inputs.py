@@ -530,6 +530,11 @@ def test_labels_of_a_split_that_was_encoded_by_itself():
     names = ["a", "b", "c"]
     rows = Dataset.from_dict({"label": [0, 1, 0]}, features=Features({"label": ClassLabel(names=["b", "c"])}))
     assert encode_labels(rows, "label", names, "validation").tolist() == [1, 2, 1]
+    more = rows.cast_column("label", ClassLabel(names=["b", "new"]))
+    assert encode_labels(more.select([0, 2]), "label", names, "validation").tolist() == [1, 1]
+    with pytest.raises(InputError, match="row 1 of the validation split has a label outside") as caught:
+        encode_labels(more, "label", names, "validation")
+    assert caught.value.value == "new"
     others = rows.cast_column("label", ClassLabel(names=["neg", "pos"]))
     assert encode_labels(others, "label", names, "validation").tolist() == [0, 1, 0], (
         "of other names the numbers count"

@@ -572,13 +572,25 @@ def class_names(rows: Dataset, column: str, known: Sequence[str] | None = None) 
         return sorted(values)
     if known is not None:
         return list(known)
-    numbers = [number for value in values if (number := _whole(value)) is not None and number != UNLABELLED]
+    fractions = [
+        value for value in values if isinstance(value, float) and np.isfinite(value) and _whole(value) is None
+    ]
+    if len(fractions) > 1:  # a single one may be a mistake, and its row is told
+        raise InputError(
+            "label_column",
+            column,
+            f"its labels have fractions, such as {fractions[0]:g} and {fractions[1]:g}; a class is a text or a whole number.",
+            "Give the column of the classes. Only the task stsb learns numbers, those from 0 to 5.",
+        )
+    whole = [number for value in values if (number := _whole(value)) is not None]
+    numbers = [number for number in whole if number != UNLABELLED]
     # One class for every number up to the highest: numbers that are none of classes would make millions
     if numbers and (min(numbers) > 0 or max(numbers) > max(1000, 10 * len(numbers))):
         raise InputError(
             "label_column",
             column,
-            f"its labels are {len(numbers)} numbers from {min(numbers)} to {max(numbers)}; whole numbers must be 0 to n - 1.",
+            f"its labels are {len(whole)} numbers from {min(whole)} to {max(whole)}; whole numbers must be 0 to n - 1"
+            f"{f', and {UNLABELLED} marks a row without a label' if UNLABELLED in whole else ''}.",
             "Number the classes from 0, or write their names.",
         )
     return [str(number) for number in range(max(numbers, default=-1) + 1)]
@@ -610,6 +622,13 @@ def encode_labels(rows: Dataset, column: str, names: Sequence[str], split: str) 
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
         row = int(wrong[0])
+        if _is_missing(values[row]):
+            raise InputError(
+                column,
+                None,
+                f"row {row} of the {split} split has no label{_missing_rows(values)}.",
+                "Fill or drop such rows, or name another column with --label_column.",
+            )
         raise InputError(
             column,
             values[row],
@@ -641,6 +660,14 @@ def encode_targets(rows: Dataset, column: str, low: float, high: float, split: s
 
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and np.isnan(value))
+
+
+def _missing_rows(values: Sequence[Any]) -> str:
+    """Ends a sentence on labels with how many are missing, if any are."""
+    missing = sum(_is_missing(value) for value in values)
+    if not missing:
+        return ""
+    return f"; {missing} of {len(values)} rows have none (of a CSV file, NA, None and the like are read as no value)"
 
 
 def _whole(value: Any) -> int | None:
@@ -818,8 +845,12 @@ def split_examples(
     if target_range is None:
         names = class_names(train_rows, column, source.label_names or label_names)
         if len(names) < 2:
+            missing = _missing_rows(train_rows.with_format(None)[column][:])
             raise InputError(
-                "label_column", column, f"holds {len(names)} class, and two are needed.", "Name another column."
+                "label_column",
+                column,
+                f"holds {len(names)} class{'' if len(names) else 'es'}, and two are needed{missing}.",
+                "Name another column.",
             )
 
     def labelled(split: str, rows: Dataset) -> Part:

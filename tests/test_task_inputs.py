@@ -271,6 +271,22 @@ def test_labels_of_other_kinds(labels, rule):
         encode_labels(rows, "label", class_names(rows, "label"), "train")
 
 
+@pytest.mark.parametrize(
+    ("labels", "rule"),
+    [
+        ([-1, 1], "2 numbers from -1 to 1; whole numbers must be 0 to n - 1, and -1 marks a row without a label"),
+        ([1, 2], "2 numbers from 1 to 2; whole numbers must be 0 to n - 1."),
+        ([0.25, 1.5, 2.0], "have fractions, such as 0.25 and 1.5"),
+        (["None", "toxic"], "holds 1 class, and two are needed; 30 of 60 rows have none"),
+        (["NA", "mild", "toxic"], "row 0 of the train split has no label; 20 of 60 rows have none"),
+        ([None, None], "holds 0 classes, and two are needed; 60 of 60 rows have none"),
+    ],
+)
+def test_labels_that_are_no_classes_are_told(labels, rule, tmp_path):
+    table = {"size": range(60), "label": (labels * 60)[:60]}
+    assert rule in refused(task_name="titanic", dataset_name=write_csv(tmp_path / "table", table)).rule
+
+
 def test_eval_label_that_train_does_not_have(tmp_path):
     def named(count):
         return {"text": ["a"] * count, "label": ["cold", "warm"] * (count // 2)}

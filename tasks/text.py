@@ -230,11 +230,17 @@ def _is_own_data(arguments: DataArguments, problem: TextProblem) -> bool:
 
 
 def _text_columns(arguments: DataArguments, problem: TextProblem, rows: Dataset, is_own: bool) -> list[str]:
+    def find(given: str | None, candidates: Sequence[str], field_name: str, other: str | None) -> str:
+        usual = list(dict.fromkeys(candidates))
+        # A text is no pair with itself
+        usual = [name for name in usual if other is None or name.lower() != other.lower()] or usual
+        return find_column(rows.column_names, given, usual, field_name)
+
     first_candidates = [problem.columns[0], *(TEXT_COLUMNS if is_own else ())]
-    columns = [find_column(rows.column_names, arguments.text_column, first_candidates, "text_column")]
+    columns = [find(arguments.text_column, first_candidates, "text_column", arguments.text_pair_column)]
     if len(problem.columns) > 1:
         second = [problem.columns[1], *(("sentence2", "text_pair") if is_own else ())]
-        columns.append(find_column(rows.column_names, arguments.text_pair_column, second, "text_pair_column"))
+        columns.append(find(arguments.text_pair_column, second, "text_pair_column", columns[0]))
     elif arguments.text_pair_column is not None:
         columns.append(find_column(rows.column_names, arguments.text_pair_column, (), "text_pair_column"))
     return columns

@@ -21,7 +21,7 @@ from hf_alrs.experiment import DataArguments, InputError
 from tasks import TASKS, get_task
 from tasks.sources import class_names, encode_labels, load_source
 from tasks.tabular import choose_columns
-from tasks.text import train_word_tokenizer
+from tasks.text import PROBLEMS, _text_columns, train_word_tokenizer
 
 
 def refused(**options) -> InputError:
@@ -727,3 +727,25 @@ def test_both_evaluations_of_mnli(tmp_path):
         )
     )
     assert (len(task.eval_dataset), len(task.predict_dataset)) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "given", "columns"),
+    [
+        ("qnli", ["sentence", "sentence2"], {}, ["sentence", "sentence2"]),
+        ("qnli", ["text", "Sentence"], {}, ["text", "Sentence"]),
+        ("qnli", ["sentence", "question"], {}, ["question", "sentence"]),
+        ("qnli", ["sentence", "text"], {"text_column": "sentence", "text_pair_column": "text"}, ["sentence", "text"]),
+        ("sst2", ["text", "review"], {"text_pair_column": "text"}, ["review", "text"]),
+    ],
+)
+def test_a_text_is_no_pair_with_itself(task, names, given, columns):
+    rows = Dataset.from_dict({name: ["a"] for name in names})
+    arguments = DataArguments(task_name=task, dataset_name="own.csv", **given)
+    assert _text_columns(arguments, PROBLEMS[task], rows, is_own=True) == columns
+
+
+def test_columns_that_are_missing_are_named_once():
+    rows = Dataset.from_dict({"sentence1": ["a"], "other": ["b"]})
+    with pytest.raises(InputError, match="no column is called sentence2 or text_pair;"):
+        _text_columns(DataArguments(task_name="rte"), PROBLEMS["rte"], rows, is_own=True)

@@ -405,7 +405,7 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
         source,
         label_candidates=("label", "labels", "fine_label", "target", "class"),
         eval_names=("test", "validation", "valid", "val", "dev"),
-        label_names=LABEL_NAMES if column == "img" and _is_cifar10(arguments, train_rows) else None,
+        label_names=LABEL_NAMES if column == "img" and _is_cifar10(arguments, train_rows, column) else None,
     )
     if pretrained_config is not None:
         splits = splits.numbered_as(pretrained_config.id2label)
@@ -456,12 +456,17 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
     )
 
 
-def _is_cifar10(arguments: DataArguments, rows: Dataset) -> bool:
-    """Whether labels are those of a copy of CIFAR-10, which may have lost the names of its classes: 0 to 9, or the names."""
+def _is_cifar10(arguments: DataArguments, rows: Dataset, column: str) -> bool:
+    """
+    Whether labels are those of a copy of CIFAR-10, which may have lost the names of its classes: the names, of which a part of
+    the data may lack some, or 0 to 9 of images of its size.
+    """
     if arguments.label_column not in (None, "label") or "label" not in rows.column_names:
         return False
     labels = rows.unique("label")
-    return set(labels) == set(range(len(LABEL_NAMES))) or all(isinstance(label, str) for label in labels)
+    if all(isinstance(label, str) for label in labels):
+        return len(labels) > 2 and {label.lower() for label in labels} <= set(LABEL_NAMES)
+    return set(labels) == set(range(len(LABEL_NAMES))) and _sizes(rows, column) == {(32, 32)}
 
 
 def _image_column(arguments: DataArguments, rows: Dataset) -> str:
@@ -470,6 +475,19 @@ def _image_column(arguments: DataArguments, rows: Dataset) -> str:
     # A column that is typed as images wins over one that is merely called so.
     typed = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     return find_column(rows.column_names, arguments.image_column, [*typed, *IMAGE_COLUMNS], "image_column")
+
+
+def _sizes(rows: Dataset, column: str, count: int = 32) -> set[tuple[int, int]]:
+    """The heights and widths of up to `count` images, spread evenly over `rows`; decoding names those that are none."""
+    indices = np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))
+    sizes = set()
+    for encoded in read_encoded(Part(rows.select(indices), None, indices, "train"), column):
+        try:
+            width, height = open_image(encoded).size
+        except Exception:
+            continue
+        sizes.add((height, width))
+    return sizes
 
 
 def _decoded_size(part: Part, column: str, processor: Any) -> tuple[int, int]:

@@ -216,9 +216,9 @@ def test_large_images_are_shrunk_for_the_small_models(tmp_path):
 def test_parquet_with_bytes_and_bare_labels(tmp_path):
     import pandas as pd
 
-    def png(value):
+    def png(value, size=32):
         buffer = io.BytesIO()
-        Image.fromarray(np.full((8, 8, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+        Image.fromarray(np.full((size, size, 3), value, dtype=np.uint8)).save(buffer, "PNG")
         return buffer.getvalue()
 
     frame = pd.DataFrame(
@@ -229,17 +229,20 @@ def test_parquet_with_bytes_and_bare_labels(tmp_path):
     frame.to_parquet(tmp_path / "data" / "test.parquet")
     task = prepare(dataset_name=str(tmp_path / "data"), controller_split=0.25)
     assert task.label_names[3] == "cat" and len(task.controller_dataset) == 10
-    # Other classes in columns of the same names, or of CIFAR-100's
-    for number, others in enumerate(
-        (frame.assign(label=frame.label % 3), frame.rename(columns={"label": "fine_label"}))
-    ):
+    # Other classes in columns of the same names, or of CIFAR-100's; digits, as MNIST has; and cats and dogs
+    cases = (
+        (frame.assign(label=frame.label % 3), ["0", "1", "2"]),
+        (frame.rename(columns={"label": "fine_label"}), [str(label) for label in range(10)]),
+        (frame.assign(img=[png(number, 28) for number in range(40)]), [str(label) for label in range(10)]),
+        (frame.assign(label=["dog", "cat"] * 20), ["cat", "dog"]),
+        (frame.assign(label=["Dog", "cat", "horse", "ship"] * 10), task.label_names),
+    )
+    for number, (others, names) in enumerate(cases):
         own = tmp_path / f"own-{number}"
         own.mkdir()
         others.to_parquet(own / "train.parquet")
         others.to_parquet(own / "test.parquet")
-        assert prepare(dataset_name=str(own), controller_split=0.25).label_names == [
-            str(label) for label in range((3, 10)[number])
-        ]
+        assert prepare(dataset_name=str(own), controller_split=0.25).label_names == names
 
 
 def test_a_pretrained_classifier_resizes_and_gets_a_new_head(tmp_path):

@@ -410,7 +410,7 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
     if pretrained_config is not None:
         splits = splits.numbered_as(pretrained_config.id2label)
     num_channels = 1 if is_sample and processor is None else 3
-    size = _decoded_size(splits.train, column, processor)
+    size = _decoded_size(train_rows, column, processor)
     if model_type == "cnn" and min(size) < MIN_CNN_SIZE:
         raise InputError(
             "model_type",
@@ -490,23 +490,17 @@ def _sizes(rows: Dataset, column: str, count: int = 32) -> set[tuple[int, int]]:
     return sizes
 
 
-def _decoded_size(part: Part, column: str, processor: Any) -> tuple[int, int]:
-    """Returns the height and width that every image is brought to: the first one's where it is small."""
-    first = Part(part.rows.select([0]), None, part.indices[:1], part.split)
-    try:
-        width, height = open_image(read_encoded(first, column)[0]).size
-    except Exception:
-        # It is corrupt or no image at all; decoding names it.
-        return (DEFAULT_SIZE, DEFAULT_SIZE)
-    if processor is not None:
-        if max(width, height) <= MAX_SMALL_SIZE:
-            return (height, width)
-        size = dict(getattr(processor, "crop_size", None) or processor.size)
-        edge = size.get("shortest_edge") or size.get("height") or 224
-        return (edge, size.get("width") or edge)
-    if width == height and width <= MAX_SMALL_SIZE:
+def _decoded_size(rows: Dataset, column: str, processor: Any) -> tuple[int, int]:
+    """Returns the height and width that every image is brought to: their own where they are small and all the same."""
+    sizes = _sizes(rows, column)
+    height, width = sizes.pop() if len(sizes) == 1 else (0, 0)
+    if 0 < max(height, width) <= MAX_SMALL_SIZE and (processor is not None or height == width):
         return (height, width)
-    return (DEFAULT_SIZE, DEFAULT_SIZE)
+    if processor is None:
+        return (DEFAULT_SIZE, DEFAULT_SIZE)
+    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    edge = size.get("shortest_edge") or size.get("height") or 224
+    return (edge, size.get("width") or edge)
 
 
 def image_processor(pixels: torch.Tensor | EncodedImages, size: tuple[int, int]) -> ViTImageProcessor:

@@ -213,6 +213,17 @@ def test_large_images_are_shrunk_for_the_small_models(tmp_path):
     assert prepare(dataset_name=str(folder)).eval_dataset[0]["pixel_values"].shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("sizes", [[(12, 12), (40, 40)], [(12, 12)] * 9 + [(300, 200)]])
+def test_no_single_image_decides_the_size_of_all(sizes, tmp_path):
+    for number in range(40):
+        folder = tmp_path / "images" / ("cat", "dog")[number // 20]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", sizes[number % len(sizes)]).save(folder / f"{number:02}.png")
+    for seed in range(3):
+        task = prepare(dataset_name=str(tmp_path / "images"), split_seed=seed)
+        assert task.train_dataset.images.shape[1:] == (3, 32, 32)
+
+
 def test_parquet_with_bytes_and_bare_labels(tmp_path):
     import pandas as pd
 

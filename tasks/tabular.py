@@ -35,6 +35,8 @@ TITANIC_NUMERIC = ("Age", "LogFare", "SibSp", "Parch", "FamilySize")
 TITANIC_CATEGORICAL = ("Pclass", "Sex", "Embarked", "Title")
 # A text column with more values than this is a name or a number plate, not a category.
 MAX_CATEGORIES = 20
+# The deviation of a column is made of squares, which must be finite too.
+MAX_MAGNITUDE = 1e100
 # What counts the rows: `id`, `row_index`, `CustomerId`, and the index that pandas writes along
 _ROW_NUMBER = re.compile(r"(?i:(^|_)(id|idx|index)$|^unnamed: \d+$|^__index_level_\d+__$)|[a-z](Id|ID)$")
 
@@ -60,7 +62,7 @@ def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
     A column as floats, NaN where missing.
 
     Raises:
-        InputError: If it holds something else, or infinity.
+        InputError: If it holds something else, infinity, or a number too large to scale.
     """
     try:
         values = pd.to_numeric(frame[column]).astype(float)
@@ -71,6 +73,14 @@ def numbers(frame: pd.DataFrame, column: str) -> pd.Series:
     if np.isinf(values).any():
         row = values.index[np.isinf(values)][0]
         raise InputError("dataset_name", column, f"row {row} holds infinity.", "Leave it empty, or correct it.")
+    if (values.abs() > MAX_MAGNITUDE).any():
+        row = values.index[values.abs() > MAX_MAGNITUDE][0]
+        raise InputError(
+            "dataset_name",
+            column,
+            f"row {row} holds {values[row]:g}; magnitudes above {MAX_MAGNITUDE:g} cannot be scaled.",
+            "Leave it empty, correct it, or give its logarithm.",
+        )
     return values
 
 

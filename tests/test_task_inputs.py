@@ -473,6 +473,14 @@ def test_titanics_columns_may_be_wrong_or_empty(tmp_path):
         assert np.isfinite(prepared.train_dataset.features.numpy()).all()
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_numbers_too_large_to_scale(split, tmp_path):
+    tables = {name: {"size": [float(n) for n in range(40)], "label": [0, 1] * 20} for name in ("train", "test")}
+    tables[split]["size"][5] = -1e200
+    error = refused(task_name="titanic", dataset_name=write_csv(tmp_path / "table", *tables.values()))
+    assert (error.field, error.value) == ("dataset_name", "size") and "row 5 holds -1e+200" in error.rule
+
+
 def test_a_boolean_column_with_a_missing_value_is_learnt_from(tmp_path):
     flags = [bool(n % 2) for n in range(40)]
     folder = write_csv(tmp_path / "table", {"flag": [None, *flags[1:]], "label": [n % 2 for n in range(40)]})

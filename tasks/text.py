@@ -41,6 +41,11 @@ NO_CODE = {"trust_remote_code": False}
 DEFAULT_ENCODER = "google-bert/bert-base-uncased"
 MODEL_TYPES = ("bilstm", "tiny-bert", "pretrained")
 VOCABULARY_SIZE = 20_000
+# Their positions begin after that of padding, as fairseq's do, so that they read fewer tokens than they have positions.
+OFFSET_POSITIONS = (
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 NUM_SAMPLE_TRAIN, NUM_SAMPLE_TEST = 4_800, 800
 
 
@@ -339,6 +344,8 @@ class Encoder:
             config.pad_token_id = tokenizer.pad_token_id
 
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and config.model_type in OFFSET_POSITIONS:
+            positions -= (1 if config.model_type == "mpnet" else config.pad_token_id) + 1  # MPNet's is always 1
         # Tokenizers without a known limit say a very large number.
         limit = min(positions or 10**9, tokenizer.model_max_length)
         if arguments.max_seq_length is not None and arguments.max_seq_length > limit:

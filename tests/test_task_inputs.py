@@ -757,3 +757,28 @@ def test_columns_that_are_missing_are_named_once():
     rows = Dataset.from_dict({"sentence1": ["a"], "other": ["b"]})
     with pytest.raises(InputError, match="no column is called sentence2 or text_pair;"):
         _text_columns(DataArguments(task_name="rte"), PROBLEMS["rte"], rows, is_own=True)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "MPNet"])
+def test_positions_that_begin_after_that_of_padding(kind, tmp_path):
+    import torch
+    import transformers
+
+    folder = save_encoder(tmp_path / "model")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=10,
+        pad_token_id=0 if kind == "MPNet" else 1,
+    )
+    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(folder)
+    table = {"text": ["one two three four five six one two three"] * 40, "label": [0, 1] * 20}
+    options = {"task_name": "imdb", "dataset_name": write_csv(tmp_path / "data", table), "model_name_or_path": folder}
+    assert "reads at most 8 tokens" in refused(**options, max_seq_length=9).rule
+    task = TASKS["imdb"].prepare(DataArguments(**options))
+    batch = task.data_collator([task.train_dataset[0], task.train_dataset[1]])
+    assert batch["input_ids"].shape == (2, 8)
+    assert torch.isfinite(task.model_init()(**batch).loss)

@@ -410,7 +410,17 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
     if pretrained_config is not None:
         splits = splits.numbered_as(pretrained_config.id2label)
     num_channels = 1 if is_sample and processor is None else 3
-    size = _decoded_size(train_rows, column, processor)
+    if processor is not None and getattr(pretrained_config, "num_channels", 3) == 1:
+        num_channels = 1
+        mean = getattr(processor, "image_mean", None)
+        if getattr(processor, "do_normalize", False) and isinstance(mean, (list, tuple)) and len(mean) > 1:
+            raise InputError(
+                "model_name_or_path",
+                name,
+                f"the model reads one channel, and its image processor normalises {len(mean)}.",
+                "Give its preprocessor_config.json an image_mean and an image_std of one number each.",
+            )
+    size = _decoded_size(train_rows, column, processor, pretrained_config)
     if model_type == "cnn" and min(size) < MIN_CNN_SIZE:
         raise InputError(
             "model_type",
@@ -490,8 +500,12 @@ def _sizes(rows: Dataset, column: str, count: int = 32) -> set[tuple[int, int]]:
     return sizes
 
 
-def _decoded_size(rows: Dataset, column: str, processor: Any) -> tuple[int, int]:
+def _decoded_size(rows: Dataset, column: str, processor: Any, pretrained_config: Any) -> tuple[int, int]:
     """Returns the height and width that every image is brought to: their own where they are small and all the same."""
+    image_size = getattr(pretrained_config, "image_size", None)
+    if image_size and not any(getattr(processor, name, None) for name in ("do_resize", "do_center_crop", "do_pad")):
+        # What the processor leaves as it is must fit the model
+        return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     sizes = _sizes(rows, column)
     height, width = sizes.pop() if len(sizes) == 1 else (0, 0)
     if 0 < max(height, width) <= MAX_SMALL_SIZE and (processor is not None or height == width):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
-from hf_alrs.experiment import DataArguments
+from hf_alrs.experiment import DataArguments, InputError
 from tasks import TASKS
 from tasks.models import (
     CNNConfig,
@@ -267,6 +267,35 @@ def test_a_pretrained_classifier_resizes_and_gets_a_new_head(tmp_path):
     batch = task.data_collator(task.train_dataset.__getitems__([0, 1]))
     assert batch["pixel_values"].shape == (2, 3, 24, 24)
     assert task.model_init()(**batch).logits.shape == (2, 2)
+
+
+def save_vit(folder, num_channels=3, **options):
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = ViTConfig(**sizes, image_size=16, patch_size=8, num_channels=num_channels)
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}, **options).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "options"),
+    [(3, {"do_resize": False}), (1, {"image_mean": [0.5], "image_std": [0.5]}), (1, {"do_normalize": False})],
+)
+def test_images_are_brought_to_what_a_pretrained_model_reads(num_channels, options, tmp_path):
+    model = save_vit(tmp_path / "model", num_channels, **options)
+    folder = write_image_folder(tmp_path / "images", size=(12, 20))
+    task = prepare(dataset_name=str(folder), model_name_or_path=model)
+    batch = task.data_collator(task.train_dataset.__getitems__([0, 1]))
+    assert batch["pixel_values"].shape == (2, num_channels, 16, 16)
+    assert task.model_init()(**batch).logits.shape == (2, 2)
+
+
+def test_a_processor_of_other_channels_than_the_model(tmp_path):
+    folder = write_image_folder(tmp_path / "images")
+    with pytest.raises(InputError, match="reads one channel, and its image processor normalises 3"):
+        prepare(dataset_name=str(folder), model_name_or_path=save_vit(tmp_path / "model", num_channels=1))
 
 
 def test_trainer_runs_on_the_digits_sample(tmp_path):

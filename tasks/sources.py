@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import glob
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -293,6 +294,7 @@ def _split_files(path: Path) -> dict[str, list[str]] | None:
     """
     if any((path / name).exists() for name in _IMAGE_LISTS):
         return None
+    path = path.absolute()  # `load_dataset` looks for others in the folder
     folders = _filled_folders(path)
     if any(_split_name(folder.name) is None for folder in folders) and all(
         _holds_images(folder) and not _split_words(folder.name) for folder in folders
@@ -365,11 +367,13 @@ def _data_files(splits: Mapping[str, Sequence[Path]]) -> dict[str, list[str]]:
     }
     kinds = Counter(kind(file) for some in files.values() for file in some if file.name not in _IMAGE_LISTS)
     common = max(kinds, key=lambda key: (kinds[key], key), default="")
-    tables = {split: [str(file) for file in some if kind(file) == common] for split, some in files.items()}
+    tables = {
+        split: [glob.escape(str(file)) for file in some if kind(file) == common] for split, some in files.items()
+    }
     if common in FILE_FORMATS.values() and all(tables.values()):
         return tables
     return {
-        split: [f"{entry}/**" if entry.is_dir() else str(entry) for entry in entries]
+        split: [glob.escape(str(entry)) + ("/**" if entry.is_dir() else "") for entry in entries]
         for split, entries in splits.items()
     }
 

@@ -710,6 +710,18 @@ def test_files_and_folders_named_as_splits(names, sizes, tmp_path):
     assert {split: len(rows) for split, rows in splits.items()} == sizes
 
 
+def test_a_folder_may_be_given_from_here_and_its_files_have_brackets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_pictures(tmp_path / "pictures" / "Train", ("cat [1]", "dog"))
+    save_pictures(tmp_path / "pictures" / "Test", ("cat [1]", "dog"), count=3)
+    write_csv(tmp_path / "tables", texts(4), texts(3))
+    (tmp_path / "tables" / "train").mkdir()
+    (tmp_path / "tables" / "train.csv").rename(tmp_path / "tables" / "train" / "part [1].csv")
+    for name, sizes in (("pictures", {"train": 16, "test": 6}), ("tables", {"train": 4})):
+        splits = load_source(DataArguments(task_name="imdb", dataset_name=name), "").splits
+        assert {split: len(rows) for split, rows in splits.items()} == sizes
+
+
 def test_a_readme_that_tells_the_splits(tmp_path):
     for number, name in enumerate(("train.csv", "test.csv", "rest.csv"), start=1):
         pd.DataFrame(texts(number)).to_csv(tmp_path / name, index=False)

@@ -39,11 +39,11 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# Names that are splits by themselves: the same in any letter case and numbered, the parts of MNLI, and two more
+# Names that are splits by themselves: the same in any letter case and numbered, the parts of MNLI, and those of sets
 _SPLIT_NAME = re.compile(
-    r"(?:(?P<train>train|training|trainset)"
+    r"(?:(?P<train>train(?:ing)?(?:[-_ ]?set)?)"
     r"|(?P<validation>validation|valid|val|dev)(?P<validation_part>_matched|_mismatched)?"
-    r"|(?P<test>test|testing|testset|eval|evaluation)(?P<test_part>_matched|_mismatched)?)"
+    r"|(?P<test>test(?:ing)?(?:[-_ ]?set)?|eval|evaluation)(?P<test_part>_matched|_mismatched)?)"
     r"(?:[-_. ]?\d+(?:-of-\d+)?(?:-[0-9a-f]{16})?)?",
     re.IGNORECASE,
 )
@@ -301,6 +301,11 @@ def _split_files(path: Path) -> dict[str, list[str]] | None:
     ):
         return None  # classes, one of which is called Train
     files = sorted(entry for entry in path.iterdir() if entry.is_file() and _DATA_FILE.fullmatch(entry.name))
+    inner = folders[0] if len(folders) == 1 and not files else None
+    if inner is not None and not (
+        _split_name(inner.name) or _split_words(inner.name) or any(path.glob("data/*-of-*"))
+    ):
+        return _split_files(inner)  # as archives unpack, into a folder of their name
     for entries, stem in (
         (folders, lambda entry: entry.name),
         (files, lambda entry: _DATA_FILE.match(entry.name)["stem"]),
@@ -416,10 +421,13 @@ def _labelled_images(data_files: dict[str, list[str]] | None, loaded: dict[str, 
 
     if data_files is None or len(loaded) < 2 or any(rows.column_names != ["image"] for rows in loaded.values()):
         return loaded
-    return {
-        split: load_dataset("imagefolder", data_files={"train": files}, split="train")
-        for split, files in data_files.items()
-    }
+    try:
+        return {
+            split: load_dataset("imagefolder", data_files={"train": files}, split="train")
+            for split, files in data_files.items()
+        }
+    except Exception:  # of the many types that folders without images raise
+        return loaded
 
 
 def _has_bare_quotes(path: Path) -> bool:

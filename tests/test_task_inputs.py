@@ -644,7 +644,7 @@ def save_pictures(folder, classes, count=8, start=0):
 
 
 @pytest.mark.parametrize(
-    "names", [("train", "test"), ("Training", "Testing"), ("TRAIN", "Val"), ("trainset", "testset")]
+    "names", [("train", "test"), ("Training", "Testing"), ("TRAIN", "Val"), ("pets/training_set", "pets/testset")]
 )
 @pytest.mark.parametrize("classes", [("beaker", "test-tube"), ("bus", "train"), ("dev", "test")])
 def test_classes_that_are_named_as_splits(names, classes, tmp_path):

@@ -319,7 +319,18 @@ class TabularProcessor(FeatureExtractionMixin):
             blocks.append(
                 (values[:, None] == np.asarray(entry["categories"], dtype=object)[None, :]).astype(np.float64)
             )
-        features = np.concatenate(blocks, axis=1).astype(np.float32)
+        features = np.concatenate(blocks, axis=1)
+        wide = np.argwhere(np.abs(features) > np.finfo(np.float32).max)
+        if len(wide):
+            row, number = wide[0]
+            column = self.numeric[number]["column"]
+            raise InputError(
+                "dataset_name",
+                column,
+                f"row {prepared.index[row]} holds {prepared[column].iloc[row]:g}, too far from those of train to be scaled.",
+                "Leave it empty, or correct it.",
+            )
+        features = features.astype(np.float32)
         return BatchFeature({"features": features}, tensor_type=return_tensors)
 
 

@@ -426,6 +426,24 @@ def eval_results(model: TrainedModel) -> list[EvalResult]:
     ]
 
 
+def _how_to_load(model: TrainedModel) -> list[str]:
+    """For a model that transformers does not know by itself."""
+    if model.base_model:
+        return []
+    auto = f"AutoModelFor{'Image' if model.kind == 'vision' else 'Sequence'}Classification"
+    return [
+        "The architecture is one of hf-alrs, which has to be installed:",
+        "",
+        "```python",
+        "import tasks.models  # makes it known to transformers",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("USER/{model.name}")',
+        "```",
+        "",
+    ]
+
+
 def model_card(model: TrainedModel, history: Sequence[Mapping[str, Any]], recipe: str) -> str:
     """The text of the card; see `write_model_card`."""
     results = eval_results(model)
@@ -464,6 +482,7 @@ def model_card(model: TrainedModel, history: Sequence[Mapping[str, Any]], recipe
         f"Data: {_shown_source(model.source)}. Examples: {splits}. The split `controller`, carved from train, may drive the",
         "learning rate; `eval` is the one that is reported.",
         "",
+        *_how_to_load(model),
         "## Results",
         "",
         *_dictionary(model.metrics("eval")),

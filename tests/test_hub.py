@@ -526,6 +526,8 @@ def test_a_model_of_the_sample(hub: HubServer, tmp_path: Path) -> None:
     assert card.data.eval_results and card.data.pipeline_tag == "image-classification"
     assert {result.dataset_type for result in card.data.eval_results} == {"local"}
     assert "trained on the data below, read as the task cifar10" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0].replace('"USER/digits"', repr(str(output)))
+    subprocess.run([sys.executable, "-c", code], check=True)  # where nothing has registered the architecture
 
 
 def test_a_push_that_cannot_work_fails_before_the_run(glue: HubServer, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from conftest import scratch_network
 SCRIPT = Path(__file__).parent / "scripts" / "distributed.py"
 FSDP_SCRIPT = SCRIPT.with_name("fsdp.py")
 ROUTES = ["bare", "evaluated by one", "callback", "trainer", "evaluated first", "loss of the whole step"]
-ROUTES += ["accumulation", "resumed"]
+ROUTES += ["accumulation", "resumed", "chosen"]
 
 
 def free_port() -> int:
@@ -73,7 +73,7 @@ def test_ranks_agree_to_the_last_bit(runs: dict[int, list[dict[str, Any]]], rout
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.reliability(
-    "2 processes are 1 with twice the batch: bare loop, callback, ALRSTrainer, accumulation, resume"
+    "2 processes are 1 with twice the batch: bare loop, callback, ALRSTrainer, accumulation, resume, choice of the average"
 )
 def test_two_processes_are_one_with_twice_the_batch(runs: dict[int, list[dict[str, Any]]], route: str) -> None:
     one, two = runs[1][0][route], runs[2][0][route]
@@ -91,6 +91,7 @@ def test_two_processes_are_one_with_twice_the_batch(runs: dict[int, list[dict[st
         ("resumed", "callback", 8),
         ("resumed after an epoch", "callback", 8),
         ("normalised, resumed", "normalised", 32),
+        ("chosen, resumed", "chosen", 8),
     ],
 )
 @pytest.mark.reliability("2 processes: a resumed run is the uninterrupted one, with batch-norm too")

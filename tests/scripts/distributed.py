@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ def train_with(
     evaluated_first: bool = False,
     whole_step: bool = False,
     batch_norm: bool = False,
+    choose: bool = False,
     **changed: Any,
 ) -> dict[str, Any]:
-    """A run of `Trainer` with the callback, or of `ALRSTrainer`; with `batch_norm` and a split for the controller too."""
+    """
+    A run of `Trainer` with the callback, or of `ALRSTrainer`; with `batch_norm` and a split for the controller too, or with one
+    that chooses the average.
+    """
     accumulation = changed.get("gradient_accumulation_steps", 1)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -95,11 +100,12 @@ def train_with(
     base = ALRSTrainer if kind == "trainer" else Trainer
     cls: Any = type("InOrderTrainer", (InOrder, base), {"rates": []})
     callback = ALRSCallback(config(network))
-    kwargs = {"alrs_config": config(network)} if kind == "trainer" else {"callbacks": [callback]}
+    own = replace(config(network), choose_average=choose)
+    kwargs = {"alrs_config": own} if kind == "trainer" else {"callbacks": [callback]}
     set_seed(2)
     model = LanguageModelLoss() if whole_step else tiny_classifier(seed=2, batch_norm=batch_norm)
     set_seed(3)
-    if batch_norm:
+    if batch_norm or choose:
         kwargs["eval_dataset"] = {"controller": tiny_dataset(seed=5), "held_out": tiny_dataset(seed=6)}
     trainer = cls(model=model, args=args, train_dataset=tiny_dataset(), **kwargs)
     if evaluated_first:
@@ -165,6 +171,10 @@ def main() -> None:
         # checkpoints between two decisions, one that is foreseen at the step's end and one that is not
         "resumed": lambda: train_and_resume(network, out / "resumed", 8, save_strategy="steps", save_steps=8),
         "resumed after an epoch": lambda: train_and_resume(network, out / "epoch", 8, save_strategy="epoch"),
+        "chosen": lambda: train_with("trainer", network, out / "chosen", choose=True),
+        "chosen, resumed": lambda: train_and_resume(
+            network, out / "chosen again", 8, "trainer", choose=True, save_strategy="steps", save_steps=8
+        ),
         "normalised": lambda: train_with("trainer", network, out / "normalised", batch_norm=True),
         "normalised, resumed": lambda: train_and_resume(
             network, out / "again", 32, "trainer", batch_norm=True, save_strategy="steps", save_steps=32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .arguments import check_target, installed_tasks
 from .comparison import compare
-from .config import InputError, check_output_dir
+from .config import InputError, check_output_dir, home_expanded
 from .evidence.command import evidence_command
 from .experiment import Task
 from .matrix import environment
@@ -95,8 +95,8 @@ def _command_report(arguments: Sequence[str]) -> None:
         description="Build the report of stored runs; of several folders, such as those that `hf-alrs pull` wrote, also "
         "one leaderboard.",
     )
-    parser.add_argument("results_dir", nargs="+", type=Path, help="Folders of result files.")
-    parser.add_argument("--output_dir", type=Path, default=None, help="Default: the first folder.")
+    parser.add_argument("results_dir", nargs="+", type=home_expanded, help="Folders of result files.")
+    parser.add_argument("--output_dir", type=home_expanded, default=None, help="Default: the first folder.")
     parser.add_argument("--target", type=float, default=None, help="Score to time every run to, such as 0.9.")
     options = parser.parse_args(arguments)
     output_dir = options.output_dir or options.results_dir[0]

@@ -34,6 +34,11 @@ class InputError(ValueError):
 _NO_FILES = (("/", "proc"), ("/", "sys"))
 
 
+def home_expanded(path: str) -> Path:
+    """A path of the command line; shells leave the `~` of `--name=~/folder` as it is."""
+    return Path(path).expanduser()
+
+
 def check_output_dir(output_dir: str | Path) -> None:
     """
     Raises:

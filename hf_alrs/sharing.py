@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import cards, hub
-from .config import ALRSConfig, InputError, check_output_dir
+from .config import ALRSConfig, InputError, check_output_dir, home_expanded
 from .network import load_network
 from .report import build_report, load_runs
 from .report.runs import REPORT_FILE
@@ -25,14 +25,16 @@ def publish_command(arguments: Sequence[str]) -> None:
         description="Publish the results of a comparison as a dataset on the Hub. The result files are published as they "
         "are: they hold the command line, the names of folders and the versions of the machine they were made on.",
     )
-    parser.add_argument("results_dir", type=Path, metavar="DIR", help="Folder of result files.")
+    parser.add_argument("results_dir", type=home_expanded, metavar="DIR", help="Folder of result files.")
     parser.add_argument("--repo", required=True, help="user/name of the dataset.")
     parser.add_argument("--space", action="store_true", help="Publish report.html as a static Space of the same name.")
     parser.add_argument(
         "--network", help="Publish this network too, as the model NAME-network: `default`, a folder or a Hub id."
     )
     parser.add_argument(
-        "--model", type=Path, help="Publish a trained model too, as the model NAME-model: the --output_dir of its run."
+        "--model",
+        type=home_expanded,
+        help="Publish a trained model too, as the model NAME-model: the --output_dir of its run.",
     )
     parser.add_argument("--private", action="store_true", help="Make new repositories private.")
     parser.add_argument("--overwrite", action="store_true", help="Publish into repositories that are there already.")
@@ -102,7 +104,7 @@ def pull_command(arguments: Sequence[str]) -> None:
         prog="hf-alrs pull", description="Fetch results that `hf-alrs publish` made, and the report of them."
     )
     parser.add_argument("repo", help="user/name of the dataset.")
-    parser.add_argument("--output_dir", type=Path, default=None, help="Default: outputs/hub/user/name.")
+    parser.add_argument("--output_dir", type=home_expanded, default=None, help="Default: outputs/hub/user/name.")
     parser.add_argument("--revision", default=None, help="Branch, tag or commit; the newest by default.")
     parser.add_argument(
         "--overwrite", action="store_true", help="Replace files here that differ, and remove other runs."

@@ -539,6 +539,15 @@ def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
 
 
+def test_the_home_folder_is_found_behind_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["hf-alrs", "report", "--output_dir=~/report", "~/runs"])
+    seen = []
+    monkeypatch.setattr(cli, "build_report", lambda folders, output_dir, target: seen.extend([*folders, output_dir]))
+    cli.main()
+    assert seen == [tmp_path / "runs", tmp_path / "report"]
+
+
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def full(arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "outputs/run.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..arguments import SAMPLE, find_task, installed_tasks, read_recipe
 from ..comparison import MatrixProgress, exit_if_failed, read_comparison
-from ..config import InputError
+from ..config import InputError, home_expanded
 from ..experiment import Task
 from ..matrix import Experiment, RunSpec, missing, refuse_other_settings, run_matrix
 from .plan import Study, find_plan, read_plan
@@ -25,10 +25,12 @@ def evidence_command(arguments: Sequence[str]) -> None:
         "write what README says of such reports.",
     )
     parser.add_argument("--plan", help="Name of a plan (report-1, arena-small, ...) or its file.")
-    parser.add_argument("--output_dir", type=Path, help="Default: outputs/NAME. Each study has a folder in it.")
+    parser.add_argument(
+        "--output_dir", type=home_expanded, help="Default: outputs/NAME. Each study has a folder in it."
+    )
     parser.add_argument(
         "--data_dir",
-        type=Path,
+        type=home_expanded,
         help="Folder with the datasets by the names of their tasks: sst2/, imdb/, cifar10/, titanic/train.csv. Default: "
         "the Hub.",
     )
@@ -43,7 +45,7 @@ def evidence_command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--check", action="store_true", help="With --update_readme: change nothing, and exit with 1 on drift."
     )
-    parser.add_argument("--root", type=Path, default=Path(), help="Folder of README.md and results/.")
+    parser.add_argument("--root", type=home_expanded, default=Path(), help="Folder of README.md and results/.")
     options = parser.parse_args(arguments)
     if options.check and not options.update_readme:
         raise InputError("check", True, "belongs to --update_readme.", "Add --update_readme, or leave --check out.")

@@ -10,7 +10,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import ALRSConfig, InputError, check_output_dir, read_yaml
+from ..config import ALRSConfig, InputError, check_output_dir, home_expanded, read_yaml
 from ..network import load_network
 from .evaluation import evaluate_network
 from .spec import END_OF_SEEDS, POPULATION_VERSION, family_of
@@ -84,7 +84,9 @@ def meta_train_command(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-alrs meta-train", description="Train the network on a population of small tasks."
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of MetaTrainingConfig's fields.")
+    parser.add_argument(
+        "--config", type=home_expanded, required=True, help="YAML file of MetaTrainingConfig's fields."
+    )
     options = parser.parse_args(arguments)
     config = read_config(options.config)
     check_output_dir(config.output_dir)
@@ -116,7 +118,10 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         help="Have a held-out part choose how far back averages of the weights go.",
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/meta-evaluation"), help="For what is not to be run again."
+        "--output_dir",
+        type=home_expanded,
+        default=Path("outputs/meta-evaluation"),
+        help="For what is not to be run again.",
     )
     options = parser.parse_args(arguments)
     for name in ("num_groups", "num_tasks", "max_cost", "num_workers"):

@@ -6,7 +6,6 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from .arguments import check_target, installed_tasks
 from .comparison import compare

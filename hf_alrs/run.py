@@ -87,10 +87,10 @@ def train(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str
         args.do_train = args.do_eval = True
     takes_folder = args.do_train and args.process_index == 0
     with alone_in(Path(args.output_dir)) if takes_folder else nullcontext():
-        return _train_alone(task, data, alrs.scheduler, args, config, options, changed, token)
+        return _run_task(task, data, alrs.scheduler, args, config, options, changed, token)
 
 
-def _train_alone(
+def _run_task(
     task: Task,
     data: DataArguments,
     scheduler: str,

@@ -74,10 +74,10 @@ class ALRSArguments:
         },
     )
     choose_average: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Whether the controller's split chooses how far back the average of the weights goes, for one more copy of "
-            "them."
+            "them; --no_choose_average turns it off."
         },
     )
     batch_norm_samples: int = field(

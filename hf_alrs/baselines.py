@@ -60,10 +60,10 @@ BASELINES: dict[str, Baseline] = {
     "alrs_no_average": Baseline(
         "alrs", alrs_config={"average_weights": False}, description="ablation: a full decay, no averaging of weights"
     ),
-    "alrs_choose_average": Baseline(
+    "alrs_fixed_average": Baseline(
         "alrs",
-        alrs_config={"choose_average": True},
-        description="the controller's split chooses how far back the average of the weights goes",
+        alrs_config={"choose_average": False},
+        description="ablation: always the average of the last steps, whatever the controller's split says",
     ),
     "alrs_running_statistics": Baseline(
         "alrs",

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, has_length
 
+from .averaging import choice_size
 from .batch_norm import BatchNormStatistics, tracking_layers, unchanged_modes, unchanged_random_numbers
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
@@ -37,9 +39,9 @@ CONTROLLER = "controller"
 # forward pass costs a third of a step, so ten of them add 5 % at most to a run that sees 4,300 examples or more; a shorter
 # one pays for ten times the least number.
 _CONTROLLER_SHARE, _CONTROLLER_SAMPLES = 0.015, (64, 512)
-# Examples that choose the average, three times each, and the share of the run's work so far that choices before the last one may
-# come to: as a forward pass costs a third of a step, a choice by n examples is as much as training on n.
-_CHOICE_SAMPLES, _CHOICE_SHARE = 256, 0.05
+# Share of the run's work so far that choices of the average before the last one may come to. Each looks at its examples three
+# times; as a forward pass costs a third of a step, that is as much as training on them.
+_CHOICES_SHARE = 0.01
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
@@ -83,8 +85,9 @@ class ALRSCallback(TrainerCallback):
         self.phases: list[str] = []
         # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
-        self.choose_by: Callable[[], float] | None = None  # its loss there with the weights as they are
-        self.choice_cost = 0  # examples, of a choice
+        # Its loss on so many examples there, with the weights as they are
+        self.choose_by: Callable[[int], float] | None = None
+        self.choice_statistics = 0  # examples that batch-norm takes for a choice
         self._chosen_at: int | None = None  # step of the last choice
         self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
         self.forward_batch: Callable[[Any], None] | None = None  # how `ALRSTrainer` runs its model
@@ -211,11 +214,13 @@ class ALRSCallback(TrainerCallback):
         """Chooses the average for what is evaluated, saved or left at this step; before the end not more often than is cheap."""
         if self.choose_by is None or self._chosen_at == state.global_step:
             return
-        work = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if not is_last and (self.scheduler.num_choices + 1) * self.choice_cost > _CHOICE_SHARE * work:
+        of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        size = choice_size(state.max_steps * of_step)
+        cost = (self.scheduler.num_choices + 1) * (size + self.choice_statistics)
+        if not is_last and cost > _CHOICES_SHARE * state.global_step * of_step:
             return
         start, before = time.perf_counter(), self.scheduler.seconds
-        if self.scheduler.choose_average(self.choose_by) is not None:
+        if self.scheduler.choose_average(partial(self.choose_by, size)) is not None:
             self._chosen_at = state.global_step
         self.scheduler.seconds = before + time.perf_counter() - start
 
@@ -424,9 +429,8 @@ class ALRSTrainer(Trainer):
         indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset) and has_length(split)
         self.alrs_callback.evaluate_controller = self._evaluate_controller if indexed else None
         self.alrs_callback.choose_by = self._choice_loss if indexed and self.alrs_config.choose_average else None
-        if indexed:
-            statistics = self.alrs_config.batch_norm_samples // 4 if tracking_layers(self.model) else 0
-            self.alrs_callback.choice_cost = min(len(split), _CHOICE_SAMPLES) + statistics
+        batch_norm = bool(tracking_layers(self.model))
+        self.alrs_callback.choice_statistics = self.alrs_config.batch_norm_samples // 4 if batch_norm else 0
         return super().train(*args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any, **kwargs: Any) -> Any:
@@ -472,9 +476,9 @@ class ALRSTrainer(Trainer):
         finally:
             scheduler.batch_norm = batch_norm
 
-    def _choice_loss(self) -> float:
+    def _choice_loss(self, size: int) -> float:
         """Loss on a sample of the controller's split, with the model as it is."""
-        metrics = self._metrics_of_sample(_CHOICE_SAMPLES, loss_only=True)
+        metrics = self._metrics_of_sample(size, loss_only=True)
         return metrics[f"{self.alrs_config.controller_metric_prefix}_loss"]
 
     def _metrics_of_sample(self, size: int, loss_only: bool = False) -> dict[str, float]:

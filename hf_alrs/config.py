@@ -162,7 +162,7 @@ class ALRSConfig:
         },
     )
     choose_average: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Keep a second average, of nearly all of the run, and choose between the two, or their middle, by the loss "
             "on the controller's split; one more copy of the weights. Nothing of it without such a split."

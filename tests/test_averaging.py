@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, callback
-from hf_alrs.averaging import GAMMA, LONG_SHARES, WeightAverage, update_interval, update_share
+from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, averaging, callback
+from hf_alrs.averaging import GAMMA, LONG_SHARES, WeightAverage, choice_size, update_interval, update_share
 from hf_alrs.callback import _config_of_run
 
 
@@ -143,7 +143,7 @@ def test_the_long_average_by_hand() -> None:
 def test_the_loss_of_a_held_out_part_chooses_the_average(best: float, quiet: Config) -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    scheduler = ALRSScheduler(optimizer, T, config=quiet(choose_average=True), model=model, can_choose=True)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(), model=model, can_choose=True)
     assert scheduler.choose_average(lambda: 0.0) is None, "there is no average before the first step"
     train(model, optimizer, scheduler, T - 1)
     trained = flat(model)
@@ -167,7 +167,7 @@ def test_the_loss_of_a_held_out_part_chooses_the_average(best: float, quiet: Con
     other = Line()
     other_optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
     other_optimizer.load_state_dict(optimizer.state_dict())
-    resumed = ALRSScheduler(other_optimizer, T, config=quiet(choose_average=True), model=other, can_choose=True)
+    resumed = ALRSScheduler(other_optimizer, T, config=quiet(), model=other, can_choose=True)
     resumed.load_state_dict(torch.load(kept, weights_only=True))
     assert torch.equal(flat(other), trained)
     resumed.show_average()
@@ -177,14 +177,14 @@ def test_the_loss_of_a_held_out_part_chooses_the_average(best: float, quiet: Con
 def test_losses_that_are_not_finite_choose_nothing(quiet: Config) -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    scheduler = ALRSScheduler(optimizer, T, config=quiet(choose_average=True), model=model, can_choose=True)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(), model=model, can_choose=True)
     train(model, optimizer, scheduler, 20)
     losses = iter([math.nan, 3.0, math.inf, math.nan, math.nan, math.nan])
     assert scheduler.choose_average(lambda: next(losses)) == 0.5
     assert scheduler.choose_average(lambda: next(losses)) == 0.0, "the short one, when none can be told apart"
 
 
-@pytest.mark.parametrize(("can_choose", "changed"), [(False, {"choose_average": True}), (True, {})])
+@pytest.mark.parametrize(("can_choose", "changed"), [(False, {}), (True, {"choose_average": False})])
 def test_a_second_average_is_kept_for_a_choice_alone(can_choose: bool, changed: dict[str, Any], quiet: Config) -> None:
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -1030,7 +1030,7 @@ def test_the_controllers_evaluations_see_the_average(tmp_path: Path, moving_conf
         args=arguments(tmp_path),
         train_dataset=tiny_dataset(),
         eval_dataset={"controller": tiny_dataset(16, seed=9)},
-        alrs_config=moving_config(controller_evaluations=4),
+        alrs_config=moving_config(controller_evaluations=4, choose_average=False),
         callbacks=[Watch()],
     )
     model = trainer.model
@@ -1048,8 +1048,8 @@ class Choosing(ALRSTrainer):
         super().__init__(*args, **kwargs)
         self.tried: list[tuple[int, torch.Tensor, float]] = []
 
-    def _choice_loss(self) -> float:
-        loss = super()._choice_loss()
+    def _choice_loss(self, size: int) -> float:
+        loss = super()._choice_loss(size)
         self.tried.append((self.state.global_step, flat(self.model), loss))
         return loss
 
@@ -1070,7 +1070,8 @@ def choosing(tmp_path: Path, config: ALRSConfig, batch_norm: bool = False, **opt
 def test_the_controllers_split_chooses_what_is_evaluated_saved_and_left(
     batch_norm: bool, tmp_path: Path, moving_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callback, "_CHOICE_SHARE", math.inf)
+    monkeypatch.setattr(callback, "_CHOICES_SHARE", math.inf)
+    monkeypatch.setattr(averaging, "_CHOICE_SAMPLES", (100, 100))
     options = {
         "eval_strategy": "steps",
         "eval_steps": 10,
@@ -1079,7 +1080,7 @@ def test_the_controllers_split_chooses_what_is_evaluated_saved_and_left(
         "logging_steps": 1,
         "batch_norm": batch_norm,
     }
-    trainer = choosing(tmp_path / "whole", moving_config(choose_average=True), **options)
+    trainer = choosing(tmp_path / "whole", moving_config(), **options)
     trainer.train()
     last = trainer.state.max_steps
     steps = [step for step, _, _ in trainer.tried]
@@ -1097,22 +1098,31 @@ def test_the_controllers_split_chooses_what_is_evaluated_saved_and_left(
     shares = [e["alrs/long_share"] for e in trainer.state.log_history if "alrs/long_share" in e]
     assert set(shares) <= set(LONG_SHARES)
 
-    resumed = choosing(tmp_path / "resumed", moving_config(choose_average=True), **options)
+    resumed = choosing(tmp_path / "resumed", moving_config(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-16"))
     assert_equal(tensors_of(resumed.model), tensors_of(trainer.model))
-    again = choosing(tmp_path / "whole", moving_config(choose_average=True), **options)
+    again = choosing(tmp_path / "whole", moving_config(), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{last // 16 * 16}"))
     assert_equal(tensors_of(again.model), tensors_of(trainer.model))
 
 
-def test_choices_before_the_last_one_cost_a_twentieth_of_the_run_at_most(tmp_path: Path, quiet: Config) -> None:
+def test_choices_before_the_last_one_cost_a_share_of_the_run_at_most(
+    tmp_path: Path, quiet: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 5}
+    monkeypatch.setattr(callback, "_CHOICES_SHARE", 0.05)
     # A twentieth of what 10 steps of 8 are trained on is one choice by 4 examples, of 20 steps two of them
-    for size, steps in ((4, [10, 20, 24]), (8, [20, 24]), (100, [24])):
-        trainer = choosing(tmp_path / str(size), quiet(choose_average=True), **options)
-        trainer.eval_dataset["controller"] = tiny_dataset(size, seed=9)
+    for size, steps in ((4, [10, 20, 24]), (8, [20, 24]), (64, [24])):
+        monkeypatch.setattr(averaging, "_CHOICE_SAMPLES", (size, 256))
+        trainer = choosing(tmp_path / str(size), quiet(), **options)
         trainer.train()
         assert [step for step, _, _ in trainer.tried] == sorted(steps * 3)
+
+
+def test_how_many_examples_choose_the_average() -> None:
+    # Half a hundredth of what is trained on, from 64 to 256
+    sizes = {36 * 64: 64, 12_800: 64, 20_000: 100, 32_000: 160, 51_200: 256, 10**9: 256}
+    assert {trained: choice_size(trained) for trained in sizes} == sizes
 
 
 def test_choosing_the_average_changes_nothing_of_the_training(tmp_path: Path, quiet: Config) -> None:

@@ -317,7 +317,7 @@ def test_the_controllers_own_evaluations_do_without(
     )  # fmt: skip
     trainer = ALRSTrainer(
         tiny_classifier(batch_norm=True), args,
-        alrs_config=moving_config(controller_evaluations=8),
+        alrs_config=moving_config(controller_evaluations=8, choose_average=False),
         train_dataset=tiny_dataset(), eval_dataset={"controller": tiny_dataset(16, seed=9)},
     )  # fmt: skip
     trainer.train()

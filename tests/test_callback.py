@@ -577,7 +577,7 @@ def test_the_controllers_split_is_evaluated_during_training(
     tmp_path: Path, network_folder: Callable[..., str]
 ) -> None:
     """24 steps, 4 evaluations: after steps 6, 12 and 18; the last one would decide nothing."""
-    still = {"meta_num_epochs": 0, "feedback_interval": 0, "max_restarts": 0}
+    still = {"meta_num_epochs": 0, "feedback_interval": 0, "max_restarts": 0, "choose_average": False}
     folder = network_folder(network_saying(0.0))
     counts, weights = {}, []
     for number in (4, 0):
@@ -681,7 +681,8 @@ def test_a_second_training_is_steered_by_the_split_it_is_given(tmp_path: Path, m
         alrs_config=moving_config(controller_evaluations=2),
         train_dataset=tiny_dataset(),
     )
-    for evaluated, split in ((0, None), (1, splits[0]), (1, splits[1])):
+    # Once on the way, and three times for the choice of the average
+    for evaluated, split in ((0, None), (4, splits[0]), (4, splits[1])):
         trainer.eval_dataset = None if split is None else {"controller": split}
         seen.clear()
         trainer.train()

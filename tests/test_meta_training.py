@@ -377,8 +377,8 @@ def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path:
     with pytest.raises(InputError, match="seeds from 0 to 599,999"):
         meta_evaluate_command([*arguments, "--first_seed", str(10**20)], dict)
 
-    meta_evaluate_command([*arguments, "--choose_average"], dict)
-    assert json.loads((tmp_path / "report-64-32-5-2-choice.json").read_text())["choose_average"] is True
+    meta_evaluate_command([*arguments, "--no_choose_average"], dict)
+    assert json.loads((tmp_path / "report-64-32-5-2-fixed-average.json").read_text())["choose_average"] is False
     assert len(list(tmp_path.rglob("group-5.json"))) == 3
 
 

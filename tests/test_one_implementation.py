@@ -18,7 +18,7 @@ from conftest import scratch_network
 from torch import nn
 
 from hf_alrs import ALRSConfig, ALRSScheduler, MetaLRNetwork
-from hf_alrs.averaging import LONG_SHARES
+from hf_alrs.averaging import LONG_SHARES, choice_size
 from hf_alrs.features import FEATURE_NAMES, SIGNALS
 from hf_alrs.meta_training.population import Population, TaskSpec
 from hf_alrs.meta_training.rollout import Rollout, _Probe, rollout
@@ -77,9 +77,9 @@ def product_run(
     )
 
     @torch.no_grad()
-    def loss_on(split: str) -> float:
-        labels = population._labels[split][0]
-        return float(nn.functional.cross_entropy(model(population._inputs[split][0]), labels))
+    def loss_on(split: str, size: int | None = None) -> float:
+        inputs, labels = (x[split][0][:size] for x in (population._inputs, population._labels))
+        return float(nn.functional.cross_entropy(model(inputs), labels))
 
     every = T // num_evaluations if num_evaluations else T + 1
     for step in range(T):
@@ -106,7 +106,7 @@ def product_run(
     for share in LONG_SHARES:
         with scheduler.showing(share):
             averages.append(flat_weights(model))
-    scheduler.choose_average(lambda: loss_on("controller"))
+    scheduler.choose_average(lambda: loss_on("controller", choice_size(T * spec.batch_size)))
     loss = loss_on("eval")
     scheduler.hide_average()
     return scheduler.history, flat_weights(model), averages, loss

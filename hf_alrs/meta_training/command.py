@@ -113,9 +113,10 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     parser.add_argument("--num_workers", type=int, default=2, help="Processes.")
     parser.add_argument("--final_lr_ratio", type=float, help="Of the runs, in place of the default.")
     parser.add_argument(
-        "--choose_average",
-        action="store_true",
-        help="Have a held-out part choose how far back averages of the weights go.",
+        "--no_choose_average",
+        action="store_false",
+        dest="choose_average",
+        help="Take the average of the last steps always, whatever the controller's split says.",
     )
     parser.add_argument(
         "--output_dir",
@@ -160,9 +161,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     if config.final_lr_ratio is not None:
         report["final_lr_ratio"] = config.final_lr_ratio
         name += f"-decay-{config.final_lr_ratio}"
-    if config.choose_average:
-        report["choose_average"] = True
-        name += "-choice"
+    if not config.choose_average:
+        report["choose_average"] = False
+        name += "-fixed-average"
     path = options.output_dir / f"report-{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nHeld-out tasks: {json.dumps(table, indent=2)}\nStored in {path}")

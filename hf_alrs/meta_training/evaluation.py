@@ -121,7 +121,7 @@ def evaluate_network(
     num_workers: int = 2,
     progress: Callable[[str, int, int], None] | None = None,
     final_lr_ratio: float | None = None,
-    choose_average: bool = False,
+    choose_average: bool = True,
 ) -> dict[str, object]:
     """
     Judges a network on groups drawn from seeds of one's choice; what is stored in `output_dir` is not run again.
@@ -143,8 +143,8 @@ def evaluate_network(
     folder = bank / f"network-{network.fingerprint()[:12]}-control-v{CONTROL_VERSION}"
     if final_lr_ratio is not None:
         folder = folder.with_name(f"{folder.name}-{final_lr_ratio}")
-    if choose_average:
-        folder = folder.with_name(f"{folder.name}-choice")
+    if not choose_average:
+        folder = folder.with_name(f"{folder.name}-fixed-average")
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)
     options = {"final_lr_ratio": final_lr_ratio, "choose_average": choose_average}

@@ -604,17 +604,20 @@ class Population:
         self.weights.add_(updates)
 
     @torch.no_grad()
-    def evaluate(self, split: str = "eval", weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, split: str = "eval", weights: Tensor | None = None, num_examples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
         Loss (at most 50, also where it is not finite) and error rate of each member, without dropout.
 
         Args:
             split (`str`, *optional*, defaults to `"eval"`): `"controller"` or `"eval"`, which are disjoint.
             weights (`Tensor`, *optional*): A flat buffer to evaluate instead of `weights`.
+            num_examples (`int`, *optional*): At most so many of the split's.
         """
         flat = self.weights if weights is None else weights
         named = dict(zip(self.parameter_names, self._shaped(flat), strict=True))
-        inputs, labels = self._inputs[split], self._labels[split]
+        inputs, labels = self._inputs[split][:, :num_examples], self._labels[split][:, :num_examples]
         n = labels.shape[1]
         # Small pieces stay in cache, but batch-norm needs the statistics of the whole split.
         piece = n if self.spec.batch_norm else EVALUATION_PIECE

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..averaging import GAMMA, LONG_GAMMA, LONG_SHARES, update_interval
+from ..averaging import GAMMA, LONG_GAMMA, LONG_SHARES, choice_size, update_interval
 from ..config import ALRSConfig, steps_of
 from ..controller import WARM_DECISIONS, control, decay, decision_interval_of
 from ..features import (
@@ -257,7 +257,8 @@ def _final_evaluation(population: Population, averages: list[Tensor]) -> tuple[T
     if len(averages) < 2:
         return population.evaluate(weights=averages[0] if averages else None)
     mixes = [torch.lerp(*averages, share) for share in LONG_SHARES]
-    chosen = torch.stack([population.evaluate("controller", mix)[0] for mix in mixes]).argmin(0, keepdim=True)
+    size = choice_size(population.spec.num_training_steps * population.spec.batch_size)
+    chosen = torch.stack([population.evaluate("controller", mix, size)[0] for mix in mixes]).argmin(0, keepdim=True)
     outcomes = [population.evaluate(weights=mix) for mix in mixes]
     loss, error = (torch.stack(values).gather(0, chosen)[0] for values in zip(*outcomes, strict=True))
     return loss, error

@@ -343,7 +343,8 @@ def visit(group: Group, network: MetaLRNetwork | None, num_members: int, seed: i
     else:
         scale = rng.uniform(0, 1, size) * (rng.uniform(size=size) < 0.6)
         bias = rng.normal(0, 0.7, size) * (rng.uniform(size=size) < 0.4)
-    config = ALRSConfig(decision_interval=float(rng.choice([0.0125, 0.0125, 0.02, 0.02, 0.04])))
+    interval = float(rng.choice([0.0125, 0.0125, 0.02, 0.02, 0.04]))
+    config = ALRSConfig(decision_interval=interval, choose_average=False)  # what it ends with is not looked at
     result = rollout(
         group.population(num_members),
         log_rates,

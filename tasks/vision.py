@@ -283,21 +283,27 @@ class ImageTransform:
     What happens to a batch of bytes before the model: augmentation, then the Hugging Face image processor.
 
     Args:
-        processor (`BaseImageProcessor`): Rescales and normalises, and resizes where a pretrained model needs it.
+        processor (`BaseImageProcessor`): Rescales and normalises, and resizes images of another size than its own.
         augmentation (`v2.Transform`, *optional*): Train only.
     """
 
     def __init__(self, processor: Any, augmentation: v2.Transform | None = None):
         self.processor = processor
         self.augmentation = augmentation
-        self.keeps_size = not any(
-            getattr(processor, name, None) for name in ("do_resize", "do_center_crop", "do_pad")
-        ) and hasattr(processor, "rescale_and_normalize")
+        crops = getattr(processor, "do_center_crop", None) or getattr(processor, "do_pad", None)
+        self.is_pointwise = not crops and hasattr(processor, "rescale_and_normalize")
+
+    def keeps_size(self, images: torch.Tensor) -> bool:
+        """Whether the processor changes values alone, as it has nothing to resize."""
+        if not self.is_pointwise or not getattr(self.processor, "do_resize", None):
+            return self.is_pointwise
+        size = dict(self.processor.size)
+        return (size.get("height"), size.get("width")) == tuple(images.shape[-2:])
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if self.augmentation is not None:
             images = self.augmentation(images)
-        if self.keeps_size:
+        if self.keeps_size(images):
             # The whole batch at once; the processor's own call takes images apart and puts them together again.
             return self.processor.rescale_and_normalize(
                 images,
@@ -523,13 +529,13 @@ def image_processor(pixels: torch.Tensor | EncodedImages, size: tuple[int, int])
 
     Args:
         pixels (`torch.Tensor` or [`EncodedImages`]): The train split; up to 10,000 of its images are read.
-        size (`tuple[int, int]`): Height and width of the images, for whoever uses the saved processor.
+        size (`tuple[int, int]`): Height and width of the images, to which the saved processor brings those of others.
     """
     some = pixels[: min(len(pixels), 10_000)].to(torch.float32) / 255
     mean = some.mean(dim=(0, 2, 3))
     std = some.std(dim=(0, 2, 3)).clamp(min=1e-3)
     return ViTImageProcessor(
-        do_resize=False,
+        do_convert_rgb=len(mean) == 3,
         size={"height": size[0], "width": size[1]},
         image_mean=[round(value, 4) for value in mean.tolist()],
         image_std=[round(value, 4) for value in std.tolist()],

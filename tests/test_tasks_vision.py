@@ -327,6 +327,23 @@ def test_trainer_runs_on_the_digits_sample(tmp_path):
     assert run.evaluate()["eval_accuracy"] > 0.85
 
 
+def test_the_saved_processor_takes_pictures_of_any_size(tmp_path):
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    task = prepare(dataset_name=str(write_image_folder(tmp_path / "images", size=(16, 16))))
+    task.processing_class.save_pretrained(tmp_path / "model")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 4), dtype=np.uint8), "RGBA")
+    batch = processor(picture, return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 3, 16, 16)
+    assert task.model_init()(**batch).logits.shape == (1, 2)
+    # Of its own size, it gives what the run evaluates
+    same = task.eval_dataset.images[:2]
+    expected = torch.stack([task.eval_dataset[i]["pixel_values"] for i in (0, 1)])
+    assert torch.allclose(processor(list(same), return_tensors="pt")["pixel_values"], expected, atol=1e-6)
+
+
 def test_digits_are_not_mirrored():
     task = prepare(dataset_name="sample", augmentation="standard", model_type="resnet18")
     kinds = {type(step) for step in task.train_dataset.transform.augmentation.transforms}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
@@ -116,6 +116,8 @@ def _run_task(
             )
         return _cross_validate(task, data, scheduler, args, config)
     repo_id = _prepare_push(args, changed, token)
+    if data.model_name_or_path is not None and not args.do_train:
+        _check_head(data.model_name_or_path, prepared.label_names)
 
     def on_end(trainer: Trainer) -> None:
         _describe_model(task, prepared, scheduler, trainer, options, repo_id)
@@ -370,6 +372,26 @@ def _trained_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrain
     except Exception as error:  # of the many types that files which are none raise
         rule = f"its model cannot be loaded ({type(error).__name__}: {str(error)[:200]})."
         raise InputError("output_dir", str(folder), rule, "Add --do_train, or give the folder of a run.") from error
+
+
+def _check_head(name: str, label_names: Sequence[str] | None) -> None:
+    """
+    That a model which is not trained first has a head for these classes of its own, not a new one of random weights.
+
+    Raises:
+        `InputError`: If it has none, or one of another size.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    num_labels, architectures = 1 if label_names is None else len(label_names), config.architectures or ()
+    if architectures and not any(kind.endswith("Classification") for kind in architectures):
+        rule = f"is a {architectures[0]}, whose classifier would be made of random weights."
+    elif config.num_labels != num_labels:
+        rule = f"has {config.num_labels} outputs, and the data needs {num_labels}: its classifier would be made of random weights."
+    else:
+        return
+    raise InputError(
+        "model_name_or_path", name, rule, "Add --do_train, or give a model that was trained for this task."
+    )
 
 
 def _check_inputs(prepared: PreparedTask, folder: Path, config: PreTrainedConfig) -> None:

@@ -22,7 +22,13 @@ from datasets import load_dataset
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from test_report import NUM_STEPS, make_record, store
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
 
 from hf_alrs import ALRSConfig, MetaLRNetwork, cards, cli
 from hf_alrs.comparison import compare
@@ -549,6 +555,22 @@ def test_a_push_that_cannot_work_fails_before_the_run(glue: HubServer, tmp_path:
         train_task(["--task", "titanic", "--dataset_name", "sample", "--push_to_hub"], TASKS, "titanic")
     with pytest.raises(InputError, match="hf-alrs publish"):
         compare(["--dataset_name", "sample", "--push_to_hub", "--seeds", "0"], TASKS, "cifar10")
+
+
+def test_a_model_is_not_judged_by_a_head_of_random_weights(glue: HubServer, tmp_path: Path) -> None:
+    config = BertConfig.from_pretrained(tmp_path / "bert")
+    BertModel(config).save_pretrained(tmp_path / "encoder")
+    config.num_labels = 3
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "three")
+    for name, said in (("encoder", "is a BertModel"), ("three", "has 3 outputs, and the data needs 2")):
+        AutoTokenizer.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / name)
+        arguments = ["--model_name_or_path", tmp_path / name, "--output_dir", tmp_path / "run"]
+        with pytest.raises(InputError, match=said):
+            train("--task_name", "sst2", *arguments, "--do_eval")
+        assert train("--task_name", "sst2", *arguments, "--max_steps", "1")["eval_loss"] > 0, (
+            "training is what it needs"
+        )
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_a_push_that_fails_at_the_end_keeps_the_model(glue: HubServer, tmp_path: Path) -> None:

@@ -146,10 +146,9 @@ class WeightAverage:
         weights = self._weights()
         if self._raw is None:
             self._raw = [w.clone() for w in weights]
-        mixed = self.long_share > 0 and self._long is not None
-        shown = torch._foreach_lerp(self._average, self._long, self.long_share) if mixed else self._average
-        for weight, average in zip(weights, shown, strict=True):
-            weight.copy_(average)
+        share = self.long_share if self._long is not None else 0.0
+        for weight, short, long in zip(weights, self._average, self._long or self._average, strict=True):
+            weight.copy_(short if share == 0 else torch.lerp(short, long, share))
         self._shown_share = self.long_share
         return True
 

@@ -65,6 +65,11 @@ BASELINES: dict[str, Baseline] = {
         alrs_config={"choose_average": False},
         description="ablation: always the average of the last steps, whatever the controller's split says",
     ),
+    "alrs_no_full": Baseline(
+        "alrs",
+        alrs_config={"full_decisions": 0},
+        description="ablation: the first decision alone makes the whole correction, not the two after it",
+    ),
     "alrs_running_statistics": Baseline(
         "alrs",
         alrs_config={"batch_norm_samples": 0},

@@ -143,14 +143,20 @@ class ALRSConfig:
     )
     min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
     max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})
-    max_log_change: float = field(default=0.7, metadata={"help": "Largest change of ln(rate) at a decision."})
+    max_log_change: float = field(default=0.7, metadata={"help": "Largest change of ln(rate) at a later decision."})
     max_first_rise: float = field(default=6.0, metadata={"help": "Largest rise of ln(rate) at the first decision."})
     max_first_fall: float = field(default=6.0, metadata={"help": "Largest fall of ln(rate) at the first decision."})
+    full_decisions: int | None = field(
+        default=None,
+        metadata={
+            "help": "Decisions after the first one that make the whole correction too, within 2 of ln(rate). Default: 2; with "
+            "probes, after which the network knows less, 0."
+        },
+    )
     gain: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the network's correction made at a decision. Default: 0.5; with probes, after which the network "
-            "knows less, 0.25."
+            "help": "Share of the network's correction made at a later decision. Default: 0.5; with probes 0.25."
         },
     )
 
@@ -274,6 +280,13 @@ class ALRSConfig:
         ):
             value = getattr(self, name)
             self._check(name, _is_int(value) and value >= 0, "must be a whole number of at least 0.", "Use 0 or more.")
+        full = self.full_decisions
+        self._check(
+            "full_decisions",
+            full is None or (_is_int(full) and full >= 0),
+            "must be a whole number of at least 0.",
+            "Leave it out for the default.",
+        )
         self._check(
             "seed",
             _is_int(self.seed) and 0 <= self.seed < 2**32,
@@ -318,6 +331,13 @@ class ALRSConfig:
         if self.decision_interval is not None:
             return self.decision_interval
         return 0.0125 if self.probes else 0.02
+
+    @property
+    def num_full_decisions(self) -> int:
+        """`full_decisions`, with its default resolved."""
+        if self.full_decisions is not None:
+            return self.full_decisions
+        return 0 if self.probes else 2
 
     @property
     def share_of_correction(self) -> float:

@@ -58,6 +58,9 @@ MIN_PROBES = 3
 _MIN_PROBE_STEPS = 4
 # Decisions at a static rate before the network is asked, after a restart
 WARM_DECISIONS = 2
+# The jump is made from little, and may fall short or go too far: the decisions next after it make whole corrections too, up to
+# this change of ln(rate). A run of a few dozen steps has few others.
+_MAX_FULL_CHANGE = 2.0
 # Fall of ln(rate) below its maximum that shows that the weights were trained at a far too high rate
 _RESTART_FALL = 1.0
 # A loss that is still this share of the initial one after `_NO_PROGRESS_DECISIONS` shows that training has not begun
@@ -146,10 +149,13 @@ def control(
     jump = decision_count == jump_decision
     waiting = decision_count < jump_decision
     step = clip(config.share_of_correction * correction, -config.max_log_change, config.max_log_change)
-    change = where(jump, clip(correction, -config.max_first_fall, config.max_first_rise), step)
+    full = clip(correction, -_MAX_FULL_CHANGE, _MAX_FULL_CHANGE)
+    change = where(decision_count <= jump_decision + config.num_full_decisions, full, step)
+    change = where(jump, clip(correction, -config.max_first_fall, config.max_first_rise), change)
     change = where(waiting, 0.0, change)
     change = where(finite, change, _DIVERGED_CHANGE)
-    fell = where(jump, change < -_RESTART_FALL, highest - (log_multiplier + change) > _RESTART_FALL)
+    # By the smaller step, as the next decision takes back what a whole correction has overdone
+    fell = where(jump, change < -_RESTART_FALL, highest - (log_multiplier + step) > _RESTART_FALL)
     stuck = (loss_ratio > _NO_PROGRESS) & (decision_count >= _NO_PROGRESS_DECISIONS)
     allowed = (progress < config.restart_window) & (restarts < config.max_restarts)
     # `~` is not "not" for Python's own booleans

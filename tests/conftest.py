@@ -166,6 +166,7 @@ def quiet_settings(interval: int) -> dict[str, Any]:
     """Decisions every `interval` steps, the first jump at the second of them, no training of the network, no restarts."""
     return {
         "phase1_steps": 2 * interval,
+        "full_decisions": 0,
         "decision_interval": interval,
         "num_probes": 0,
         "meta_num_epochs": 0,

@@ -126,6 +126,26 @@ def test_changes_are_bounded(says: float, jump: float, then: float) -> None:
     assert run.multipliers == pytest.approx([0.0, jump, jump + then, jump + 2 * then], abs=1e-4)
 
 
+@pytest.mark.parametrize(("says", "then"), [(5.9, 2.0), (-5.9, -2.0), (1.2, 1.2)])
+def test_two_decisions_after_the_jump_make_the_whole_correction(says: float, then: float) -> None:
+    run = Run(make_controller(network_saying(says), max_lr=1e30, full_decisions=2)).to(28)
+    later = math.copysign(min(abs(says) / 2, 0.7), says)
+    changes = np.diff(run.multipliers)
+    assert changes == pytest.approx([says, then, then, later, later], abs=1e-4)
+    assert ALRSConfig().num_full_decisions == 2
+    assert ALRSConfig(network="scratch").num_full_decisions == 0
+
+
+def test_a_whole_correction_restarts_by_what_a_later_one_would_be() -> None:
+    # -1.5 is a fall of more than 1 below the maximum, its half is none
+    calls = iter([0.0, 1.0, 1.0, -1.5, 1.0, 0.0])
+    controller = make_controller(max_restarts=1, restart_window=1.0, full_decisions=2)
+    controller._ask = lambda features: next(calls)
+    run = Run(controller).to(5 * K)
+    assert run.multipliers == pytest.approx([0.0, 1.0, -0.5, 0.5])
+    assert not run.actions
+
+
 def test_the_bounds_of_a_change_can_be_set() -> None:
     network = network_saying(5.9)
     run = Run(make_controller(network, max_first_rise=2.0, max_log_change=0.1)).to(20)

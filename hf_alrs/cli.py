@@ -6,8 +6,9 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from .arguments import check_target, installed_tasks
+from .arguments import check_target, installed_tasks, read_recipe
 from .comparison import compare
 from .config import InputError, check_output_dir, home_expanded
 from .evidence.command import evidence_command
@@ -28,8 +29,13 @@ def run_script(tasks: Mapping[str, Task], default_task: str) -> None:
 
 
 def train_or_compare(arguments: Sequence[str], tasks: Mapping[str, Task], default_task: str) -> None:
-    """One run, or a matrix of runs where the command line names several."""
-    several = any(argument.split("=")[0] in _COMPARE_OPTIONS for argument in arguments)
+    """One run, or a matrix of runs where the command line or the file of `--config` names several."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    file = parser.parse_known_args(arguments)[0].config
+    options = [argument.split("=")[0] for argument in arguments]
+    options += [f"--{name}" for name in (read_recipe(Path(file)) if file else ())]
+    several = any(option in _COMPARE_OPTIONS for option in options)
     (compare if several else train)(arguments, tasks, default_task)
 
 

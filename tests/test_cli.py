@@ -158,6 +158,21 @@ def test_evaluating_alone_asks_for_the_classes_that_the_model_has(tmp_path: Path
         _check_inputs(replace(prepared, label_names=["no", "yes"]), tmp_path, config)
 
 
+@pytest.mark.parametrize(
+    ("options", "recipe", "several"),
+    [([], "seed: 1", False), ([], "schedulers: [alrs, linear]", True), (["--seeds", "0", "1"], "seed: 1", True)],
+)
+def test_several_runs_may_be_named_by_the_file_of_options(
+    options: list[str], recipe: str, several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    for name in ("train", "compare"):
+        monkeypatch.setattr(cli, name, lambda *_, name=name: called.append(name))
+    (tmp_path / "options.yaml").write_text(recipe)
+    train_or_compare(["--config", str(tmp_path / "options.yaml"), *options], TASKS, "cifar10")
+    assert called == ["compare" if several else "train"]
+
+
 @pytest.mark.parametrize("option", ["--load_best_model_at_end True --eval_strategy epoch", "--save_strategy best"])
 def test_a_comparison_chooses_no_best_model(option: str, tmp_path: Path) -> None:
     arguments = ["--task", "titanic", "--dataset_name", "sample", "--output_dir", str(tmp_path), *option.split()]

@@ -8,6 +8,7 @@ Usage: `python -m torch.distributed.run --nproc_per_node 2 fsdp.py NETWORK OUT`
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +144,7 @@ def run_of(
 ) -> dict[str, Any]:
     """
     A run with probes, or with restarts; `resume_at` goes through a checkpoint of every process there, and with `evaluate`
-    the averaged weights are evaluated after every fifth step.
+    the averaged weights are evaluated after every fifth step, and after every tenth they are chosen by the next batch.
     """
     model = make_model()
     if shard is not None:
@@ -151,7 +152,13 @@ def run_of(
 
     def scheduled() -> tuple[torch.optim.Optimizer, ALRSScheduler]:
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        return optimizer, ALRSScheduler(optimizer, NUM_STEPS, config=config(network, num_probes), model=model)
+        own = config(network, num_probes)
+        return optimizer, ALRSScheduler(optimizer, NUM_STEPS, config=own, model=model, can_choose=evaluate)
+
+    @torch.no_grad()
+    def loss_on(batch: int) -> float:
+        x, y = batches()[batch]
+        return float((model(x) - y).square().mean())
 
     optimizer, scheduler = scheduled()
     history: list[dict[str, Any]] = []
@@ -171,10 +178,12 @@ def run_of(
         loss.backward()
         optimizer.step()
         scheduler.step()
+        if evaluate and i % 10 == 9:
+            chosen = scheduler.choose_average(lambda at=i: loss_on(at - 9))
+            evaluated.append(math.nan if chosen is None else chosen)
         if evaluate and i % 5 == 4:
             optimizer.eval()
-            with torch.no_grad():
-                evaluated.append(float((model(x) - y).square().mean()))
+            evaluated.append(loss_on(i))
             optimizer.train()
     scheduler.flush()
     history += scheduler.history

@@ -208,7 +208,10 @@ class WeightAverage:
             return [a.to(w.device, _precise(w.dtype), copy=True) for a, w in zip(tensors, weights, strict=True)]
 
         self._num_updates = num_updates + 0
-        self._average, self._long, self.long_share = beside(average), beside(state["long"]), state["long_share"] + 0.0
+        self._average = beside(average)
+        # A run that goes on without a choice has the short average, whatever was chosen before
+        self._long = beside(state["long"]) if self._keep_long else None
+        self.long_share = state["long_share"] + 0.0 if self._long is not None else 0.0
         for weight, value in zip(weights, raw or (), strict=raw is not None):
             weight.copy_(value)
         self._raw = None

@@ -173,6 +173,13 @@ def test_the_loss_of_a_held_out_part_chooses_the_average(best: float, quiet: Con
     resumed.show_average()
     assert torch.equal(flat(other), shown[best])
 
+    resumed.close()
+    without = ALRSScheduler(other_optimizer, T, config=quiet(), model=other)
+    kept.seek(0)
+    without.load_state_dict(torch.load(kept, weights_only=True))
+    without.show_average()
+    assert torch.equal(flat(other), shown[0.0]), "the one average of a run that cannot choose"
+
 
 def test_losses_that_are_not_finite_choose_nothing(quiet: Config) -> None:
     model = Line()

@@ -87,7 +87,7 @@ class ALRSCallback(TrainerCallback):
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
         # Its loss on so many examples there, with the weights as they are
         self.choose_by: Callable[[int], float] | None = None
-        self.choice_statistics = 0  # examples that batch-norm takes for a choice
+        self.choice_split, self.choice_statistics = 0, 0  # examples there, and of batch-norm for a choice
         self._chosen_at: int | None = None  # step of the last choice
         self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
         self.forward_batch: Callable[[Any], None] | None = None  # how `ALRSTrainer` runs its model
@@ -215,7 +215,7 @@ class ALRSCallback(TrainerCallback):
         if self.choose_by is None or self._chosen_at == state.global_step:
             return
         of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        size = choice_size(state.max_steps * of_step)
+        size = min(choice_size(state.max_steps * of_step), self.choice_split)
         cost = (self.scheduler.num_choices + 1) * (size + self.choice_statistics)
         if not is_last and cost > _CHOICES_SHARE * state.global_step * of_step:
             return
@@ -427,8 +427,10 @@ class ALRSTrainer(Trainer):
         self._controller_loaders = {}
         split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
         indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset) and has_length(split)
+        indexed = indexed and len(split) > 0
         self.alrs_callback.evaluate_controller = self._evaluate_controller if indexed else None
         self.alrs_callback.choose_by = self._choice_loss if indexed and self.alrs_config.choose_average else None
+        self.alrs_callback.choice_split = len(split) if indexed else 0
         batch_norm = bool(tracking_layers(self.model))
         self.alrs_callback.choice_statistics = self.alrs_config.batch_norm_samples // 4 if batch_norm else 0
         return super().train(*args, **kwargs)
@@ -479,7 +481,14 @@ class ALRSTrainer(Trainer):
     def _choice_loss(self, size: int) -> float:
         """Loss on a sample of the controller's split, with the model as it is."""
         metrics = self._metrics_of_sample(size, loss_only=True)
-        return metrics[f"{self.alrs_config.controller_metric_prefix}_loss"]
+        name = f"{self.alrs_config.controller_metric_prefix}_loss"
+        if name not in metrics and self.alrs_callback.choose_by is not None:
+            self.alrs_callback.choose_by = None
+            logger.warning(
+                "The model gives no loss on the controller's split, which would choose the average of the weights: that of the "
+                "last steps is taken. Trainer finds a loss where the split has labels that `label_names` names."
+            )
+        return metrics.get(name, math.nan)
 
     def _metrics_of_sample(self, size: int, loss_only: bool = False) -> dict[str, float]:
         with unchanged_random_numbers(), unchanged_modes(self.model):

@@ -34,7 +34,8 @@ def train_or_compare(arguments: Sequence[str], tasks: Mapping[str, Task], defaul
     parser.add_argument("--config")
     file = parser.parse_known_args(arguments)[0].config
     options = [argument.split("=")[0] for argument in arguments]
-    options += [f"--{name}" for name in (read_recipe(Path(file)) if file else ())]
+    recipe = read_recipe(Path(file)) if file else {}
+    options += [f"--{name}" for name, value in recipe.items() if value is not None]
     several = any(option in _COMPARE_OPTIONS for option in options)
     (compare if several else train)(arguments, tasks, default_task)
 

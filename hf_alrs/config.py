@@ -143,7 +143,12 @@ class ALRSConfig:
     )
     min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
     max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})
-    max_log_change: float = field(default=0.7, metadata={"help": "Largest change of ln(rate) at a later decision."})
+    max_log_change: float = field(
+        default=0.7,
+        metadata={
+            "help": "Largest change of ln(rate) at a decision after those of `full_decisions`, which have a bound of their own."
+        },
+    )
     max_first_rise: float = field(default=6.0, metadata={"help": "Largest rise of ln(rate) at the first decision."})
     max_first_fall: float = field(default=6.0, metadata={"help": "Largest fall of ln(rate) at the first decision."})
     full_decisions: int | None = field(
@@ -156,7 +161,8 @@ class ALRSConfig:
     gain: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the network's correction made at a later decision. Default: 0.5; with probes 0.25."
+            "help": "Share of the network's correction made at a decision after those of `full_decisions`. Default: 0.5; with probes "
+            "0.25."
         },
     )
 

@@ -154,7 +154,7 @@ def control(
     change = where(jump, clip(correction, -config.max_first_fall, config.max_first_rise), change)
     change = where(waiting, 0.0, change)
     change = where(finite, change, _DIVERGED_CHANGE)
-    # By the smaller step, as the next decision takes back what a whole correction has overdone
+    # By the smaller step: a whole correction down may be too much, of which the next decision tells
     fell = where(jump, change < -_RESTART_FALL, highest - (log_multiplier + step) > _RESTART_FALL)
     stuck = (loss_ratio > _NO_PROGRESS) & (decision_count >= _NO_PROGRESS_DECISIONS)
     allowed = (progress < config.restart_window) & (restarts < config.max_restarts)

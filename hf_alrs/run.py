@@ -57,8 +57,8 @@ _LEFT_BEHIND = (
     "predict_results.txt",
     *(f"{name}_results.json" for name in ("all", "benchmark", "eval", "train")),
 )
-# How the last texts were encoded
-_STATE_OF_TOKENIZER = ("truncation", "padding")
+# How the last texts were encoded, and what an image processor does with images that are not of the data
+_NOT_OF_DATA = ("truncation", "padding", "do_resize", "do_convert_rgb")
 # Options that say how a run is watched, kept and scored, not how it trains
 _WATCHING = re.compile(
     r"(eval_.*|save_.*|logging_.*|dataloader_(num|pin|pers|pre).*|per_device_eval_.*|max_eval_samples)"
@@ -383,7 +383,8 @@ def _check_head(name: str, label_names: Sequence[str] | None) -> None:
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     num_labels, architectures = 1 if label_names is None else len(label_names), config.architectures or ()
-    if architectures and not any(kind.endswith("Classification") for kind in architectures):
+    classifies = ("SequenceClassification", "ImageClassification")
+    if architectures and not any(part in kind for kind in architectures for part in classifies):
         rule = f"is a {architectures[0]}, whose classifier would be made of random weights."
     elif config.num_labels != num_labels:
         rule = f"has {config.num_labels} outputs, and the data needs {num_labels}: its classifier would be made of random weights."
@@ -413,7 +414,7 @@ def _check_inputs(prepared: PreparedTask, folder: Path, config: PreTrainedConfig
 
     def content(path: Path) -> Any:
         values = json.loads(path.read_text())
-        return {key: value for key, value in values.items() if key not in _STATE_OF_TOKENIZER}
+        return {key: value for key, value in values.items() if key not in _NOT_OF_DATA}
 
     with tempfile.TemporaryDirectory() as temporary:
         prepared.processing_class.save_pretrained(temporary)

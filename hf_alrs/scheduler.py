@@ -392,11 +392,13 @@ class ALRSScheduler(LRScheduler):
         """
         Chooses how far back the average of the weights goes by the loss on the controller's split, and leaves it in the
         model. For a scheduler that was made with `can_choose`, and `choose_average` in the configuration; [`ALRSTrainer`]
-        calls it at the end, and before as often as it costs little.
+        calls it at the end, and before as often as it costs little. A loop that goes on training calls `optimizer.train()`
+        next, which puts the trained weights back.
 
         Args:
             evaluate (`Callable[[], float]`): Mean loss of the model as it is, on examples that are neither trained on nor
-                reported; the same in all processes.
+                reported; the same in all processes. Called in the mode that the model is in: it sets `model.eval()`, takes no
+                gradients, and sets the mode back.
 
         Returns:
             `float`, *optional*: Share of the long average, 0, 0.5 or 1; `None` where there is nothing to choose yet.

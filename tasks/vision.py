@@ -529,7 +529,8 @@ def image_processor(pixels: torch.Tensor | EncodedImages, size: tuple[int, int])
 
     Args:
         pixels (`torch.Tensor` or [`EncodedImages`]): The train split; up to 10,000 of its images are read.
-        size (`tuple[int, int]`): Height and width of the images, to which the saved processor brings those of others.
+        size (`tuple[int, int]`): Height and width of the images, to which the saved processor brings those of others; of a
+            model with one channel it takes grey pictures alone.
     """
     some = pixels[: min(len(pixels), 10_000)].to(torch.float32) / 255
     mean = some.mean(dim=(0, 2, 3))

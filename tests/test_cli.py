@@ -160,7 +160,12 @@ def test_evaluating_alone_asks_for_the_classes_that_the_model_has(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("options", "recipe", "several"),
-    [([], "seed: 1", False), ([], "schedulers: [alrs, linear]", True), (["--seeds", "0", "1"], "seed: 1", True)],
+    [
+        ([], "seed: 1", False),
+        ([], "schedulers:", False),
+        ([], "schedulers: [alrs, linear]", True),
+        (["--seeds", "0", "1"], "seed: 1", True),
+    ],
 )
 def test_several_runs_may_be_named_by_the_file_of_options(
     options: list[str], recipe: str, several: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

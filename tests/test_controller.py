@@ -137,12 +137,12 @@ def test_two_decisions_after_the_jump_make_the_whole_correction(says: float, the
 
 
 def test_a_whole_correction_restarts_by_what_a_later_one_would_be() -> None:
-    # -1.5 is a fall of more than 1 below the maximum, its half is none
-    calls = iter([0.0, 1.0, 1.0, -1.5, 1.0, 0.0])
+    # -1.3 is a fall of more than 1 below the maximum, its half is none
+    calls = iter([0.0, 1.0, 1.0, -1.3, 1.3, 0.0])
     controller = make_controller(max_restarts=1, restart_window=1.0, full_decisions=2)
     controller._ask = lambda features: next(calls)
     run = Run(controller).to(5 * K)
-    assert run.multipliers == pytest.approx([0.0, 1.0, -0.5, 0.5])
+    assert run.multipliers == pytest.approx([0.0, 1.0, -0.3, 1.0])
     assert not run.actions
 
 

@@ -22,7 +22,7 @@ from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, has_length
 
-from .averaging import choice_size
+from .averaging import LONG_SHARES, choice_size
 from .batch_norm import BatchNormStatistics, tracking_layers, unchanged_modes, unchanged_random_numbers
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
@@ -39,8 +39,8 @@ CONTROLLER = "controller"
 # forward pass costs a third of a step, so ten of them add 5 % at most to a run that sees 4,300 examples or more; a shorter
 # one pays for ten times the least number.
 _CONTROLLER_SHARE, _CONTROLLER_SAMPLES = 0.015, (64, 512)
-# Share of the run's work so far that choices of the average before the last one may come to. Each looks at its examples three
-# times; as a forward pass costs a third of a step, that is as much as training on them.
+# Share of the run's work so far that choices of the average before the last one may come to. Each looks at its examples once
+# for each of `LONG_SHARES`; a forward pass costs a third of a step.
 _CHOICES_SHARE = 0.01
 _SECONDS_BETWEEN_WRITES = 1.0
 
@@ -216,7 +216,7 @@ class ALRSCallback(TrainerCallback):
             return
         of_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         size = min(choice_size(state.max_steps * of_step), self.choice_split)
-        cost = (self.scheduler.num_choices + 1) * (size + self.choice_statistics)
+        cost = (self.scheduler.num_choices + 1) * (size + self.choice_statistics) * len(LONG_SHARES) / 3
         if not is_last and cost > _CHOICES_SHARE * state.global_step * of_step:
             return
         start, before = time.perf_counter(), self.scheduler.seconds

@@ -176,8 +176,9 @@ class ALRSConfig:
     choose_average: bool = field(
         default=True,
         metadata={
-            "help": "Keep a second average, of nearly all of the run, and choose between the two, or their middle, by the loss "
-            "on the controller's split; one more copy of the weights. Nothing of it without such a split."
+            "help": "Keep a second average, of nearly all of the run, and choose by the loss on the controller's split between the "
+            "two, their middle, half the way on from the second beyond the first, and the raw weights; one more copy of the "
+            "weights. Nothing of it without such a split."
         },
     )
     batch_norm_samples: int = field(

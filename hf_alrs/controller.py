@@ -47,7 +47,7 @@ from .network import MetaLRNetwork, load_network
 
 
 # Runs that were driven by another version of the control law and its defaults have other outcomes.
-CONTROL_VERSION = 5
+CONTROL_VERSION = 6
 
 # The last one is not part of a healthy run: a plain linear decay after repeated trouble.
 GATHER, FIT, DRIVE, FALLBACK = "gather", "fit", "drive", "fallback"
@@ -154,8 +154,9 @@ def control(
     change = where(jump, clip(correction, -config.max_first_fall, config.max_first_rise), change)
     change = where(waiting, 0.0, change)
     change = where(finite, change, _DIVERGED_CHANGE)
-    # By the smaller step: a whole correction down may be too much, of which the next decision tells
-    fell = where(jump, change < -_RESTART_FALL, highest - (log_multiplier + step) > _RESTART_FALL)
+    # A whole correction down may be too much, of which the next decision tells: so down by the smaller step
+    risen = where(change > step, change, step)
+    fell = where(jump, change < -_RESTART_FALL, highest - (log_multiplier + risen) > _RESTART_FALL)
     stuck = (loss_ratio > _NO_PROGRESS) & (decision_count >= _NO_PROGRESS_DECISIONS)
     allowed = (progress < config.restart_window) & (restarts < config.max_restarts)
     # `~` is not "not" for Python's own booleans

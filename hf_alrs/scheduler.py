@@ -391,7 +391,8 @@ class ALRSScheduler(LRScheduler):
     def choose_average(self, evaluate: Callable[[], float]) -> float | None:
         """
         Chooses how far back the average of the weights goes by the loss on the controller's split, and leaves it in the
-        model. For a scheduler that was made with `can_choose`, and `choose_average` in the configuration; [`ALRSTrainer`]
+        model: the short average, the long one, their middle, half the way on from the long one beyond the short one, or the
+        raw weights. For a scheduler that was made with `can_choose`, and `choose_average` in the configuration; [`ALRSTrainer`]
         calls it at the end, and before as often as it costs little. A loop that goes on training calls `optimizer.train()`
         next, which puts the trained weights back.
 
@@ -401,7 +402,8 @@ class ALRSScheduler(LRScheduler):
                 gradients, and sets the mode back.
 
         Returns:
-            `float`, *optional*: Share of the long average, 0, 0.5 or 1; `None` where there is nothing to choose yet.
+            `float`, *optional*: Share of the long average, 0, 0.5, 1 or -0.5, or -1 for the raw weights; `None` where there is
+                nothing to choose yet.
         """
         if self._average is None or not self._average.has_choice:
             return None
@@ -421,7 +423,7 @@ class ALRSScheduler(LRScheduler):
         Has the averaged weights in the model for one evaluation.
 
         Args:
-            long_share (`float`): Share of the long average, where there is one.
+            long_share (`float`): Share of the long average, where there is one; -1 for the raw weights.
             roughly (`bool`, *optional*, defaults to `False`): Whether a part of the examples is enough for batch-norm.
         """
         if self._average is None:

@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, averaging, callback
-from hf_alrs.averaging import GAMMA, LONG_SHARES, WeightAverage, choice_size, update_interval, update_share
+from hf_alrs.averaging import (
+    GAMMA,
+    LONG_SHARES,
+    RAW_WEIGHTS,
+    WeightAverage,
+    choice_size,
+    update_interval,
+    update_share,
+)
 from hf_alrs.callback import _config_of_run
 
 
@@ -132,7 +140,8 @@ def test_the_long_average_by_hand() -> None:
         average.long_share = share
         assert average.show()
         assert not average.show(), "it is there already"
-        assert weights.tolist() == pytest.approx([(1 - share) * short + share * long, -6.0])
+        expected = 0.0 if share == RAW_WEIGHTS else (1 - share) * short + share * long
+        assert weights.tolist() == pytest.approx([expected, -6.0])
     average.hide()
     assert weights.tolist() == [0.0, -6.0]
     average.reset()
@@ -151,7 +160,8 @@ def test_the_loss_of_a_held_out_part_chooses_the_average(best: float, quiet: Con
     for share in LONG_SHARES:
         with scheduler.showing(share):
             shown[share] = flat(model)
-    assert len({tuple(weights.tolist()) for weights in shown.values()}) == 3
+    assert len({tuple(weights.tolist()) for weights in shown.values()}) == len(LONG_SHARES)
+    assert torch.equal(shown[RAW_WEIGHTS], trained)
 
     chosen = scheduler.choose_average(lambda: float((flat(model) - shown[best]).norm()))
     assert chosen == scheduler.long_share == best
@@ -186,7 +196,7 @@ def test_losses_that_are_not_finite_choose_nothing(quiet: Config) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scheduler = ALRSScheduler(optimizer, T, config=quiet(), model=model, can_choose=True)
     train(model, optimizer, scheduler, 20)
-    losses = iter([math.nan, 3.0, math.inf, math.nan, math.nan, math.nan])
+    losses = iter([math.nan, 3.0, math.inf, math.nan, math.inf, *[math.nan] * 5])
     assert scheduler.choose_average(lambda: next(losses)) == 0.5
     assert scheduler.choose_average(lambda: next(losses)) == 0.0, "the short one, when none can be told apart"
 
@@ -1092,9 +1102,11 @@ def test_the_controllers_split_chooses_what_is_evaluated_saved_and_left(
     trainer.train()
     last = trainer.state.max_steps
     steps = [step for step, _, _ in trainer.tried]
-    assert steps == sorted([*range(10, last, 10), *range(16, last, 16), last] * 3), "thrice where it is looked at"
+    assert steps == sorted([*range(10, last, 10), *range(16, last, 16), last] * len(LONG_SHARES)), (
+        "each where it is looked at"
+    )
     of_step = {step: [(loss, w) for at, w, loss in trainer.tried if at == step] for step in steps}
-    assert all(len({loss for loss, _ in tried}) == 3 for tried in of_step.values())
+    assert all(len({loss for loss, _ in tried}) == len(LONG_SHARES) for tried in of_step.values())
     assert torch.equal(flat(trainer.model), min(of_step[last], key=lambda pair: pair[0])[1])
     assert torch.equal(
         saved_weights(tmp_path / "whole" / "checkpoint-16", trainer.model),
@@ -1118,23 +1130,24 @@ def test_choices_before_the_last_one_cost_a_share_of_the_run_at_most(
     tmp_path: Path, quiet: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"eval_strategy": "steps", "eval_steps": 5}
-    monkeypatch.setattr(callback, "_CHOICES_SHARE", 0.05)
-    # A twentieth of what 10 steps of 8 are trained on is one choice by 4 examples, of 20 steps two of them
+    monkeypatch.setattr(callback, "_CHOICES_SHARE", 0.084)
+    # A twelfth of what 10 steps of 8 are trained on is one choice by 4 examples (five passes, each a third of training on
+    # them), of 20 steps two of them
     for size, steps in ((4, [10, 20, 24]), (8, [20, 24]), (64, [24])):
         monkeypatch.setattr(averaging, "_CHOICE_SAMPLES", (size, 256))
         trainer = choosing(tmp_path / str(size), quiet(), **options)
         trainer.train()
-        assert [step for step, _, _ in trainer.tried] == sorted(steps * 3)
+        assert [step for step, _, _ in trainer.tried] == sorted(steps * len(LONG_SHARES))
 
 
 def test_what_a_choice_costs(tmp_path: Path, quiet: Config) -> None:
-    """By the shipped shares: a hundredth of 12,800 examples are two choices by 64; batch-norm takes 128 more for each."""
-    options = {"eval_strategy": "steps", "eval_steps": 200, "max_steps": 400, "per_device_train_batch_size": 32}
-    for name, size, batch_norm, steps in (("plain", 100, False, [200, 400]), ("norm", 100, True, [400])):
+    """By the shipped shares: a hundredth of 9,600 examples is one choice by 50; batch-norm takes 128 more for each."""
+    options = {"eval_strategy": "steps", "eval_steps": 300, "max_steps": 600, "per_device_train_batch_size": 32}
+    for name, size, batch_norm, steps in (("plain", 50, False, [300, 600]), ("norm", 50, True, [600])):
         trainer = choosing(tmp_path / name, quiet(), batch_norm=batch_norm, **options)
         trainer.eval_dataset["controller"] = tiny_dataset(size, seed=9)
         trainer.train()
-        assert [step for step, _, _ in trainer.tried] == sorted(steps * 3)
+        assert [step for step, _, _ in trainer.tried] == sorted(steps * len(LONG_SHARES))
 
 
 @pytest.mark.parametrize("split", ["empty", "no labels"])
@@ -1154,8 +1167,8 @@ def test_a_split_that_gives_no_loss_chooses_nothing(
 
 
 def test_how_many_examples_choose_the_average() -> None:
-    # Half a hundredth of what is trained on, from 64 to 256
-    sizes = {36 * 64: 64, 12_800: 64, 20_000: 100, 32_000: 160, 51_200: 256, 10**9: 256}
+    # Half a hundredth of what is trained on, from 128 to 256
+    sizes = {36 * 64: 128, 12_800: 128, 25_600: 128, 32_000: 160, 51_200: 256, 10**9: 256}
     assert {trained: choice_size(trained) for trained in sizes} == sizes
 
 
@@ -1166,7 +1179,7 @@ def test_choosing_the_average_changes_nothing_of_the_training(tmp_path: Path, qu
         trainer.train()
         lines = (tmp_path / str(choose) / "alrs_history.jsonl").read_text().splitlines()
         rates.append([(entry["learning_rate"], entry["loss"]) for entry in map(json.loads, lines)])
-        assert len(trainer.tried) == (3 if choose else 0)
+        assert len(trainer.tried) == (len(LONG_SHARES) if choose else 0)
     assert rates[0] == rates[1]
 
 

@@ -146,6 +146,16 @@ def test_a_whole_correction_restarts_by_what_a_later_one_would_be() -> None:
     assert not run.actions
 
 
+def test_a_whole_correction_that_is_taken_back_restarts_nothing() -> None:
+    # Half of 1.9 would end 1.05 below the maximum, the whole of it 0.1
+    calls = iter([0.0, 2.0, 2.0, -1.9, 1.9, 0.0])
+    controller = make_controller(max_restarts=1, restart_window=1.0, full_decisions=2)
+    controller._ask = lambda features: next(calls)
+    run = Run(controller).to(5 * K)
+    assert run.multipliers == pytest.approx([0.0, 2.0, 0.1, 2.0])
+    assert not run.actions
+
+
 def test_the_bounds_of_a_change_can_be_set() -> None:
     network = network_saying(5.9)
     run = Run(make_controller(network, max_first_rise=2.0, max_log_change=0.1)).to(20)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..averaging import GAMMA, LONG_GAMMA, LONG_SHARES, choice_size, update_interval
+from ..averaging import GAMMA, LONG_GAMMA, LONG_SHARES, RAW_WEIGHTS, choice_size, update_interval
 from ..config import ALRSConfig, steps_of
 from ..controller import WARM_DECISIONS, control, decay, decision_interval_of
 from ..features import (
@@ -253,10 +253,10 @@ def rollout(
 
 
 def _final_evaluation(population: Population, averages: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss and error of each member; of two averages with the share that does best on the controller's split."""
+    """Loss and error of each member; where there are two averages, of the weights that do best on the controller's split."""
     if len(averages) < 2:
         return population.evaluate(weights=averages[0] if averages else None)
-    mixes = [torch.lerp(*averages, share) for share in LONG_SHARES]
+    mixes = [None if share == RAW_WEIGHTS else torch.lerp(*averages, share) for share in LONG_SHARES]
     size = choice_size(population.spec.num_training_steps * population.spec.batch_size)
     chosen = torch.stack([population.evaluate("controller", mix, size)[0] for mix in mixes]).argmin(0, keepdim=True)
     outcomes = [population.evaluate(weights=mix) for mix in mixes]

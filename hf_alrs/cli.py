@@ -6,6 +6,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from .arguments import check_target, installed_tasks, read_recipe
@@ -59,6 +60,15 @@ def _guard(command: Callable[[Sequence[str]], object], arguments: Sequence[str])
             raise
         print(
             f"error: {error.filename or 'output_dir'}: {error.strerror}. Make room; the same command goes on from what is stored.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except BrokenProcessPool:
+        if debug:
+            raise
+        print(
+            "error: a worker process was killed, perhaps for lack of memory. With a smaller num_workers each has more; "
+            "the same command goes on from what is stored.",
             file=sys.stderr,
         )
         sys.exit(2)

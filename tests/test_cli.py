@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -579,6 +580,20 @@ def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: outputs/run.json: No space left on device.")
+
+
+def test_a_killed_worker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def killed(arguments: Any) -> None:
+        with ProcessPoolExecutor(1) as pool:
+            list(pool.map(os._exit, [9]))
+
+    monkeypatch.setitem(cli.COMMANDS, "meta-train", (killed, ""))
+    monkeypatch.setattr(sys, "argv", ["hf-alrs", "meta-train"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: a worker process was killed") and "num_workers" in line
 
 
 def test_a_table_without_an_eval_split_runs_over_all_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

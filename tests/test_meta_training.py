@@ -24,6 +24,7 @@ from hf_alrs.meta_training.training import (
     MetaTrainingConfig,
     States,
     _keep_configuration,
+    _last_networks,
     _refuse_trained_on,
     _weighted_states,
     distill,
@@ -461,6 +462,23 @@ def test_another_configuration_does_not_go_on_with_what_one_has_made(tmp_path: P
     with pytest.raises(InputError, match=r"states_from=.*was trained on group 1, which is held out here"):
         meta_train(replace(second, num_held_out_groups=2))
     assert not (tmp_path / "second").exists()
+    for damaged in ('{"num_groups": 2', "3"):
+        (tmp_path / "first" / "config.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"output_dir=.*its config\.json.* is damaged.*Restore that file"):
+            _keep_configuration(config)
+
+
+def test_the_last_networks_are_whole_ones(tmp_path: Path) -> None:
+    (tmp_path / "states").mkdir()
+    for name in ("network-round2-64-32", "network-round10-64-32", "network-round10-64-64", "network-round10-old.bak"):
+        network_saying(1.0).save_pretrained(tmp_path / name)
+    (tmp_path / "network-round11-64-32").mkdir()
+    assert [path.name for path in _last_networks(tmp_path)] == ["network-round10-64-32", "network-round10-64-64"]
+    member = {"hidden_sizes": [4], "seed": 0, "num_iterations": 1}
+    empty = tmp_path / "other"
+    (empty / "states").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"states_from=.*other.*no network that was fitted"):
+        MetaTrainingConfig(str(tmp_path / "output"), states_from=[str(empty)], ensemble=[member])
 
 
 def test_an_earlier_network_drives_the_first_round(tmp_path: Path) -> None:

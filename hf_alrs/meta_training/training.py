@@ -47,6 +47,7 @@ _FEATURE_NOISE = 0.05
 _BEYOND_GRID = 0.1
 _CONFIGURATION = "config.json"
 _STATE_FILE = re.compile(r"round(\d+)-(\d+)\.pt")
+_NETWORK_FOLDER = re.compile(r"network-round(\d+)-[\d-]+")
 # What a configuration calls the parts of the population
 _PARTS = {"": "standard"} | {name: name for name in ("long", "extended", "short", "large", "brief")}
 
@@ -189,6 +190,8 @@ class MetaTrainingConfig:
             if not (Path(folder) / "states").is_dir():
                 rule = "is not the output folder of an earlier run."
                 raise InputError("states_from", folder, rule, "Make that run first, or leave it out.")
+            if self.ensemble:
+                _last_networks(Path(folder))
         for folder in self.earlier_networks:
             if not (Path(folder) / "config.json").is_file():
                 rule = "is not the folder of a network."
@@ -573,7 +576,13 @@ def _keep_configuration(config: MetaTrainingConfig) -> None:
     if not path.is_file():
         _write_whole(ours, path)
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        rule = f"its {path.name}, which says what the rest was made with, is damaged ({error})."
+        raise InputError(
+            "output_dir", str(path.parent), rule, "Restore that file, or give another output_dir."
+        ) from error
     for name, value in ours.items():
         if name in theirs and theirs[name] != value:
             rule = f"{path.parent} holds what was made with {theirs[name]!r}, and it would be taken for this one's."
@@ -688,8 +697,11 @@ def _earlier_shares(config: MetaTrainingConfig, paths: Sequence[Path]) -> Tensor
 def _last_networks(folder: Path) -> list[Path]:
     """Networks of the last round in the output folder of a run."""
     rounds: dict[int, list[Path]] = {}
-    for path in sorted(folder.glob("network-round*")):
-        rounds.setdefault(int(path.name.split("-")[1].removeprefix("round")), []).append(path)
+    for path in sorted(folder.iterdir()):
+        if (match := _NETWORK_FOLDER.fullmatch(path.name)) and (path / "config.json").is_file():
+            rounds.setdefault(int(match[1]), []).append(path)
+    if not rounds:
+        raise InputError("states_from", str(folder), "holds no network that was fitted.", "Let that run end first.")
     return rounds[max(rounds)]
 
 

@@ -42,7 +42,7 @@ class ALRSArguments:
         metadata={"help": "Hidden layers of the network: 64 32 or 64 64, others for scratch."},
     )
     phase1_steps: str = field(
-        default="0.025", metadata={"help": "Length of phase 1: steps (`50`) or a fraction (`0.025`)."}
+        default="0.02", metadata={"help": "Length of phase 1: steps (`50`) or a fraction (`0.02`)."}
     )
     decision_interval: str | None = field(
         default=None,

@@ -106,7 +106,7 @@ class ALRSConfig:
 
     # Phase 1, gather
     phase1_steps: int | float = field(
-        default=0.025, metadata={"help": "Length of phase 1 (static rate, metrics gathered): steps or a fraction."}
+        default=0.02, metadata={"help": "Length of phase 1 (static rate, metrics gathered): steps or a fraction."}
     )
     num_probes: int | None = field(
         default=None,

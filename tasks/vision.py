@@ -194,12 +194,14 @@ class EncodedImages:
         column (`str`): The image column.
         size (`tuple[int, int]`): Height and width that every image is brought to.
         num_channels (`int`): 3 for colour, 1 for grey.
+        crop (`bool`, *optional*, defaults to `False`): Whether images of another shape lose what is outside a central window of
+            that shape, instead of being stretched.
     """
 
-    def __init__(self, part: Part, column: str, size: tuple[int, int], num_channels: int):
+    def __init__(self, part: Part, column: str, size: tuple[int, int], num_channels: int, crop: bool = False):
         find_column(part.rows.column_names, column, (), "image_column")
         self.encoded = read_encoded(part, column)
-        self.part, self.column, self.size = part, column, size
+        self.part, self.column, self.size, self.crop = part, column, size, crop
         self.mode = "L" if num_channels == 1 else "RGB"
         self.shape = (len(part), num_channels, *size)
 
@@ -220,7 +222,8 @@ class EncodedImages:
             ) from error
         height, width = self.size
         if image.size != (width, height):
-            image = image.resize((width, height), PILImage.Resampling.BILINEAR)
+            bring = ImageOps.fit if self.crop else PILImage.Image.resize
+            image = bring(image, (width, height), PILImage.Resampling.BILINEAR)
         return np.asarray(image).reshape(height, width, -1)
 
     def __getitem__(self, positions: Sequence[int] | slice) -> torch.Tensor:
@@ -438,7 +441,10 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
     parts = {"train": splits.train, "controller": splits.controller, "eval": splits.eval, "predict": splits.predict}
     pixels: dict[str, torch.Tensor | EncodedImages | None] = {}
     encoded = {
-        key: None if part is None else EncodedImages(part, column, size, num_channels) for key, part in parts.items()
+        key: None
+        if part is None
+        else EncodedImages(part, column, size, num_channels, crop=_keeps_proportions(processor))
+        for key, part in parts.items()
     }
     num_bytes = sum(int(np.prod(images.shape)) for images in encoded.values() if images is not None)
     for key, images in encoded.items():
@@ -518,9 +524,20 @@ def _decoded_size(rows: Dataset, column: str, processor: Any, pretrained_config:
         return (height, width)
     if processor is None:
         return (DEFAULT_SIZE, DEFAULT_SIZE)
-    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    crop = None if _keeps_proportions(processor) else getattr(processor, "crop_size", None)
+    size = dict(crop or processor.size)
     edge = size.get("shortest_edge") or size.get("height") or 224
     return (edge, size.get("width") or edge)
+
+
+def _keeps_proportions(processor: Any) -> bool:
+    """Whether a processor brings the shorter edge to a length and crops: what training sees of an image is to be the same."""
+    edge = dict(getattr(processor, "size", None) or {}).get("shortest_edge")
+    if edge is None or not getattr(processor, "do_resize", None):
+        return False
+    # ConvNeXT's stretches from 384 pixels on
+    by_share = getattr(processor, "crop_pct", None) is not None and edge < 384
+    return bool(getattr(processor, "do_center_crop", None)) or by_share
 
 
 def image_processor(pixels: torch.Tensor | EncodedImages, size: tuple[int, int]) -> ViTImageProcessor:

@@ -292,6 +292,31 @@ def test_images_are_brought_to_what_a_pretrained_model_reads(num_channels, optio
     assert task.model_init()(**batch).logits.shape == (2, 2)
 
 
+@pytest.mark.parametrize("kind", ["crop size", "crop share", "stretch"])
+def test_training_sees_of_a_long_image_what_the_processor_leaves(kind, tmp_path):
+    from PIL import Image
+    from transformers import AutoImageProcessor, BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
+
+    model = save_vit(tmp_path / "model")
+    processor = {
+        "crop size": lambda: BitImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}),
+        "crop share": lambda: ConvNextImageProcessor(size={"shortest_edge": 16}, crop_pct=0.8),
+        "stretch": lambda: ViTImageProcessor(size={"height": 16, "width": 16}),
+    }[kind]()
+    processor.save_pretrained(model)
+    # From left to right every image gets brighter, by as much in each
+    ramp = np.broadcast_to(np.linspace(0, 255, 200)[:, None], (80, 200, 3)).astype(np.uint8)
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(10):
+            Image.fromarray(ramp).save(tmp_path / "images" / label / f"{index}.png")
+    task = prepare(dataset_name=str(tmp_path / "images"), model_name_or_path=model)
+    seen = task.eval_dataset[0]["pixel_values"]
+    wanted = AutoImageProcessor.from_pretrained(model)(Image.fromarray(ramp), return_tensors="pt")["pixel_values"][0]
+    assert seen.shape == wanted.shape == (3, 16, 16)
+    assert (seen - wanted).abs().max() < 0.08, "of a range of 4"
+
+
 def test_a_processor_of_other_channels_than_the_model(tmp_path):
     folder = write_image_folder(tmp_path / "images")
     with pytest.raises(InputError, match="reads one channel, and its image processor normalises 3"):

@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSScheduler, ALRSTrainer, InputError, get_scheduler
+from hf_alrs.averaging import LONG_SHARES
 from hf_alrs.callback import HISTORY_NAME, prepare_again
 
 
@@ -681,8 +682,9 @@ def test_a_second_training_is_steered_by_the_split_it_is_given(tmp_path: Path, m
         alrs_config=moving_config(controller_evaluations=2),
         train_dataset=tiny_dataset(),
     )
-    # Once on the way, and three times for the choice of the average
-    for evaluated, split in ((0, None), (4, splits[0]), (4, splits[1])):
+    # Once on the way, and once for each average that there is to choose
+    once = 1 + len(LONG_SHARES)
+    for evaluated, split in ((0, None), (once, splits[0]), (once, splits[1])):
         trainer.eval_dataset = None if split is None else {"controller": split}
         seen.clear()
         trainer.train()

@@ -438,12 +438,11 @@ def prepare_vision(arguments: DataArguments) -> PreparedTask:
             "Give resnet18, or images of 8x8 pixels or more.",
         )
 
+    crop = _keeps_proportions(processor)
     parts = {"train": splits.train, "controller": splits.controller, "eval": splits.eval, "predict": splits.predict}
     pixels: dict[str, torch.Tensor | EncodedImages | None] = {}
     encoded = {
-        key: None
-        if part is None
-        else EncodedImages(part, column, size, num_channels, crop=_keeps_proportions(processor))
+        key: None if part is None else EncodedImages(part, column, size, num_channels, crop)
         for key, part in parts.items()
     }
     num_bytes = sum(int(np.prod(images.shape)) for images in encoded.values() if images is not None)

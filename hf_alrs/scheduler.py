@@ -8,7 +8,7 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -69,6 +69,11 @@ def is_adaptive(optimizer: Optimizer) -> bool:
     return "sgd" not in type(optimizer).__name__.lower()
 
 
+def _has_beta1(optimizer: Optimizer) -> bool:
+    """Whether the first of `betas` is the decay of a running mean of gradients, as in Adam and what is named after it."""
+    return "adam" in type(optimizer).__name__.lower() and not _averages_weights_itself(optimizer)
+
+
 class ALRSScheduler(LRScheduler):
     """
     Learning-rate scheduler driven by a network that reads live metrics.
@@ -84,7 +89,8 @@ class ALRSScheduler(LRScheduler):
 
     Args:
         optimizer (`torch.optim.Optimizer`): Any torch optimizer; accelerate's wrapper is seen through. Groups keep the
-            ratios of their rates, and groups with rate 0 stay frozen.
+            ratios of their rates, and groups with rate 0 stay frozen. The beta1 of Adam and its kin is lowered to
+            `config.max_beta1`.
         num_training_steps (`int`): Length of the run in optimizer steps.
         num_warmup_steps (`int`, *optional*, defaults to 0): Steps of linear warmup.
         config (`ALRSConfig`, *optional*): How the network drives.
@@ -143,6 +149,7 @@ class ALRSScheduler(LRScheduler):
         if isinstance(previous, ALRSScheduler):
             previous.close()
         self._inner = inner
+        self._lowers_beta1 = _has_beta1(inner)
         self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
         self._average: WeightAverage | None = None
         self._measured: list[int] = []  # places of the parameters among those of all groups
@@ -485,7 +492,7 @@ class ALRSScheduler(LRScheduler):
             self.show_average()
 
     def close(self) -> None:
-        """Takes the hooks and the two methods off the optimizer; rates and weights stay where they are."""
+        """Takes the hooks and the two methods off the optimizer; rates, beta1 and weights stay where they are."""
         for hook in self._hooks:
             hook.remove()
         self._closed = True
@@ -775,6 +782,9 @@ class ALRSScheduler(LRScheduler):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+            if self._lowers_beta1 and group.get("betas"):
+                # At every step, as the optimizer's own may come back from a checkpoint
+                group["betas"] = _lowered(group["betas"], self.config.max_beta1)
         self._last_lr = rates
 
     # Checkpoints
@@ -1032,6 +1042,15 @@ def _numbers_of_groups(optimizer: Optimizer) -> list[dict[str, float]]:
         {key: value for key, value in group.items() if type(value) in (int, float) and key not in ("lr", "initial_lr")}
         for group in optimizer.param_groups
     ]
+
+
+def _lowered(betas: Sequence[Any], max_beta1: float) -> Sequence[Any]:
+    """`betas` with the first one at most `max_beta1`; one that is a tensor is changed in place, without looking at it."""
+    beta1, *others = betas
+    if isinstance(beta1, torch.Tensor):
+        beta1.clamp_(max=max_beta1)
+        return betas
+    return betas if beta1 <= max_beta1 else (max_beta1, *others)
 
 
 def _unshare_rates(groups: list[dict[str, Any]]) -> None:

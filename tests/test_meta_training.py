@@ -381,6 +381,9 @@ def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path:
     meta_evaluate_command([*arguments, "--no_choose_average"], dict)
     assert json.loads((tmp_path / "report-64-32-5-2-fixed-average.json").read_text())["choose_average"] is False
     assert len(list(tmp_path.rglob("group-5.json"))) == 3
+    meta_evaluate_command([*arguments, "--max_beta1", "1"], dict)
+    assert json.loads((tmp_path / "report-64-32-5-2-beta1-1.0.json").read_text())["max_beta1"] == 1.0
+    assert len(list(tmp_path.rglob("group-5.json"))) == 4
 
 
 def test_states_of_a_part_count_as_much_as_the_configuration_says(tmp_path: Path) -> None:

@@ -526,6 +526,58 @@ def test_the_history_holds_the_rate_of_the_leading_group(quiet: Config) -> None:
     assert scheduler.history[0]["learning_rate"] == 0.1
 
 
+@pytest.mark.parametrize(
+    ("make", "max_beta1", "expected"),
+    [
+        (lambda p: torch.optim.Adam(p), 0.7, (0.7, 0.999)),
+        (lambda p: torch.optim.AdamW(p, betas=(0.95, 0.98)), 0.7, (0.7, 0.98)),
+        (lambda p: torch.optim.AdamW(p, betas=(0.5, 0.98)), 0.7, (0.5, 0.98)),  # lower ones stay
+        (lambda p: torch.optim.NAdam(p), 0.0, (0.0, 0.999)),
+        (lambda p: torch.optim.Adam(p), 1.0, (0.9, 0.999)),
+        (lambda p: Lion(p, lr=0.003), 0.7, (0.9, 0.99)),  # its first beta is none of a mean of gradients
+        (lambda p: schedulefree.AdamWScheduleFree(p), 0.7, (0.9, 0.999)),  # nor is this one's
+    ],
+)
+def test_beta1_is_lowered(make: Any, max_beta1: float, expected: tuple[float, float], quiet: Config) -> None:
+    optimizer = make([nn.Parameter(torch.ones(3))])
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(max_beta1=max_beta1))
+    assert optimizer.param_groups[0]["betas"] == expected
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["betas"] = (0.9, 0.999)  # of a checkpoint of before
+    optimizer.load_state_dict(saved)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "betas": (0.9, 0.999)})
+    sum(p.square().sum() for group in optimizer.param_groups for p in group["params"]).backward()
+    optimizer.train() if hasattr(optimizer, "train") else None
+    optimizer.step()
+    scheduler.step()
+    highest = max_beta1 if scheduler._lowers_beta1 else 1.0
+    assert [group["betas"][0] for group in optimizer.param_groups] == [min(0.9, highest)] * 2
+    assert {type(group["betas"]) for group in optimizer.param_groups} == {tuple}
+
+
+def test_a_step_with_a_lowered_beta1_is_that_of_an_adam_that_was_made_so(quiet: Config) -> None:
+    weights = [nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    driven = torch.optim.Adam([weights[0]], lr=0.1)
+    scheduler = ALRSScheduler(driven, T, config=quiet(average_weights=False, final_lr_ratio=1.0))
+    made_so = torch.optim.Adam([weights[1]], lr=0.1, betas=(0.7, 0.999))
+    for _ in range(T):
+        for p, optimizer in zip(weights, (driven, made_so), strict=True):
+            optimizer.zero_grad()
+            p.pow(4).sum().backward()
+            optimizer.step()
+        scheduler.step()
+    assert torch.equal(*weights)
+
+
+def test_a_beta1_that_is_a_tensor_stays_the_tensor(quiet: Config) -> None:
+    beta1 = torch.tensor(0.9)
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(3))], lr=torch.tensor(0.1), betas=(0.9, 0.999))
+    optimizer.param_groups[0]["betas"] = (beta1, torch.tensor(0.999))
+    ALRSScheduler(optimizer, T, config=quiet())
+    assert optimizer.param_groups[0]["betas"][0] is beta1
+    assert float(beta1) == pytest.approx(0.7)
+
+
 # Restarts and probes
 
 

@@ -119,6 +119,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         help="Take the average of the last steps always, whatever the controller's split says.",
     )
     parser.add_argument(
+        "--max_beta1", type=float, default=defaults.max_beta1, help="Adam's beta1 in the runs; 1 leaves it as it is."
+    )
+    parser.add_argument(
         "--output_dir",
         type=home_expanded,
         default=Path("outputs/meta-evaluation"),
@@ -136,7 +139,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         rule = f"its {options.num_groups} groups would be of two parts of the population, which differ."
         raise InputError("first_seed", options.first_seed, rule, "Judge on one part at a time.")
     check_output_dir(options.output_dir)
-    config = ALRSConfig(final_lr_ratio=options.final_lr_ratio, choose_average=options.choose_average)
+    config = ALRSConfig(
+        final_lr_ratio=options.final_lr_ratio, choose_average=options.choose_average, max_beta1=options.max_beta1
+    )
     network = load_network(options.network, options.hidden_sizes, defaults.seed)
     seeds = range(options.first_seed, options.first_seed + options.num_groups)
     table = evaluate_network(
@@ -149,6 +154,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         _Lines(),
         config.final_lr_ratio,
         config.choose_average,
+        config.max_beta1,
     )
     report = {
         "network": {"name": options.network, "sha256": network.fingerprint()},
@@ -164,6 +170,9 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     if not config.choose_average:
         report["choose_average"] = False
         name += "-fixed-average"
+    if config.max_beta1 != defaults.max_beta1:
+        report["max_beta1"] = config.max_beta1
+        name += f"-beta1-{config.max_beta1}"
     path = options.output_dir / f"report-{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\nHeld-out tasks: {json.dumps(table, indent=2)}\nStored in {path}")

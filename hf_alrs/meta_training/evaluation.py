@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import ALRSConfig, InputError
+from ..config import MAX_BETA1, ALRSConfig, InputError
 from ..controller import CONTROL_VERSION
 from ..network import MetaLRNetwork
 from ..workers import end_with_parent
@@ -122,6 +122,7 @@ def evaluate_network(
     progress: Callable[[str, int, int], None] | None = None,
     final_lr_ratio: float | None = None,
     choose_average: bool = True,
+    max_beta1: float = MAX_BETA1,
 ) -> dict[str, object]:
     """
     Judges a network on groups drawn from seeds of one's choice; what is stored in `output_dir` is not run again.
@@ -133,7 +134,8 @@ def evaluate_network(
         num_tasks (`int`), max_cost (`float`, *optional*): Of a group, as in `MetaTrainingConfig`.
         num_workers (`int`): Processes.
         progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, what is done of it and its total.
-        final_lr_ratio (`float`, *optional*), choose_average (`bool`): Of the [`ALRSConfig`] under which the network drives.
+        final_lr_ratio (`float`, *optional*), choose_average (`bool`), max_beta1 (`float`): Of the [`ALRSConfig`] under which
+            the network drives.
 
     Returns:
         `dict`: As of [`summarize`].
@@ -145,9 +147,11 @@ def evaluate_network(
         folder = folder.with_name(f"{folder.name}-{final_lr_ratio}")
     if not choose_average:
         folder = folder.with_name(f"{folder.name}-fixed-average")
+    if max_beta1 != MAX_BETA1:
+        folder = folder.with_name(f"{folder.name}-beta1-{max_beta1}")
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)
-    options = {"final_lr_ratio": final_lr_ratio, "choose_average": choose_average}
+    options = {"final_lr_ratio": final_lr_ratio, "choose_average": choose_average, "max_beta1": max_beta1}
     jobs = [(str(bank), seed, num_tasks, max_cost, str(folder), options) for seed in seeds]
     evaluations = []
     with ProcessPoolExecutor(num_workers, initializer=init_worker) as pool:

@@ -357,6 +357,7 @@ class Population:
 
         self.weights, self.gradients, self.updates = buffer(), buffer(), buffer()
         self.initial_weights, self.momentum, self.second_moment = buffer(), buffer(), buffer()
+        self.beta1 = MOMENTUM  # of Adam; a run under control lowers it
         self.step_counts = torch.zeros(self.size, device=self.device)
         self._even_counts: int | None = 0  # the count if all members share it
         # Leaves that share memory with the buffers: backward() accumulates straight into `gradients`.
@@ -579,11 +580,11 @@ class Population:
             self._even_counts += 1
         scale = -lr
         if spec.optimizer in ("adam", "adamw"):
-            self.momentum.lerp_(gradients, 1 - MOMENTUM)
+            self.momentum.lerp_(gradients, 1 - self.beta1)
             self.second_moment.mul_(BETA2).addcmul_(gradients, gradients, value=1 - BETA2)
             torch.sqrt(self.second_moment, out=updates)
             # m / b1 / (sqrt(v) / b2 + eps) = m / (sqrt(v) + eps b2) * b2 / b1, with fewer passes over the buffers.
-            correction1 = 1 - MOMENTUM**self.step_counts
+            correction1 = 1 - self.beta1**self.step_counts
             correction2 = (1 - BETA2**self.step_counts).sqrt()
             if self._even_counts is not None:
                 updates.add_(EPSILON * math.sqrt(1 - BETA2**self._even_counts))
@@ -666,6 +667,7 @@ class Population:
         peak = log_lr.to(self.device).exp()
         averaged, num_updates = self.initial_weights.clone() if average else None, np.zeros(self.size)
         self.reset()
+        self.beta1 = MOMENTUM
         for step in range(total):
             decay = min(1.0, (total - step) / (total - warmup))
             factor = min(1.0, (step + 1) / warmup) * (final_ratio + (1.0 - final_ratio) * decay)

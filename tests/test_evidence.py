@@ -26,7 +26,17 @@ from tasks import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PLANS = sorted((RECIPES.parent / "plans").glob("*.yaml"))
-NAMES = {"report-1", "report-1-full", "report-2", "report-2-full", "arena", "arena-small", "ablation"}
+NAMES = {
+    "report-1",
+    "report-1-full",
+    "report-2",
+    "report-2-full",
+    "arena",
+    "arena-small",
+    "arena-beta1",
+    "arena-shorter",
+    "ablation",
+}
 BASELINES = ("constant", "linear", "cosine")
 TUNING_FREE = ("greedy", "prodigy", "schedule_free")
 

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from .baselines import BASELINES, MIN_EVALUATIONS
-from .config import MAX_BETA1, ALRSConfig, InputError, check_output_dir, read_yaml
+from .config import ALRSConfig, InputError, check_output_dir, read_yaml
 from .experiment import Task, find_baseline
 
 
@@ -91,9 +91,12 @@ class ALRSArguments:
             "less than 100 steps, up to 0.7; else 0."
         },
     )
-    max_beta1: float = field(
-        default=MAX_BETA1,
-        metadata={"help": "--adam_beta1 is lowered to this where it is higher; 1 leaves it as it is."},
+    max_beta1: float | None = field(
+        default=None,
+        metadata={
+            "help": "--adam_beta1 is lowered to this where it is higher; 1 leaves it as it is. Default: 0.7 in runs of up to 333 "
+            "steps, then 1 - 100 / steps."
+        },
     )
     min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})
     max_lr: float = field(default=10.0, metadata={"help": "Upper bound of the rate."})

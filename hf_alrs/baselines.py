@@ -66,7 +66,9 @@ BASELINES: dict[str, Baseline] = {
         description="ablation: always the average of the last steps, whatever the controller's split says",
     ),
     "alrs_own_beta1": Baseline(
-        "alrs", alrs_config={"max_beta1": 1.0}, description="ablation: Adam's beta1 as it is, 0.9, not lowered to 0.7"
+        "alrs",
+        alrs_config={"max_beta1": 1.0},
+        description="ablation: Adam's beta1 as it is, 0.9, not lowered in short runs",
     ),
     "alrs_no_full": Baseline(
         "alrs",

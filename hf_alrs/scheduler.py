@@ -90,7 +90,7 @@ class ALRSScheduler(LRScheduler):
     Args:
         optimizer (`torch.optim.Optimizer`): Any torch optimizer; accelerate's wrapper is seen through. Groups keep the
             ratios of their rates, and groups with rate 0 stay frozen. The beta1 of Adam and its kin is lowered to
-            `config.max_beta1`.
+            `config.highest_beta1(num_training_steps)`.
         num_training_steps (`int`): Length of the run in optimizer steps.
         num_warmup_steps (`int`, *optional*, defaults to 0): Steps of linear warmup.
         config (`ALRSConfig`, *optional*): How the network drives.
@@ -149,7 +149,7 @@ class ALRSScheduler(LRScheduler):
         if isinstance(previous, ALRSScheduler):
             previous.close()
         self._inner = inner
-        self._lowers_beta1 = _has_beta1(inner)
+        self._max_beta1 = self.config.highest_beta1(self.controller.num_training_steps) if _has_beta1(inner) else 1.0
         self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
         self._average: WeightAverage | None = None
         self._measured: list[int] = []  # places of the parameters among those of all groups
@@ -782,9 +782,9 @@ class ALRSScheduler(LRScheduler):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-            if self._lowers_beta1 and group.get("betas"):
+            if self._max_beta1 < 1 and group.get("betas"):
                 # At every step, as the optimizer's own may come back from a checkpoint
-                group["betas"] = _lowered(group["betas"], self.config.max_beta1)
+                group["betas"] = _lowered(group["betas"], self._max_beta1)
         self._last_lr = rates
 
     # Checkpoints

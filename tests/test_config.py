@@ -67,7 +67,7 @@ def test_probes_default_to_seven_from_scratch_and_none_otherwise() -> None:
         ("max_beta1", -0.1),
         ("max_beta1", 1.5),
         ("max_beta1", math.nan),
-        ("max_beta1", None),
+        ("max_beta1", "0.7"),
         ("final_lr_ratio", -0.1),
         ("final_lr_ratio", 1.5),
         ("final_lr_ratio", math.nan),
@@ -132,3 +132,11 @@ def test_short_runs_keep_more_of_their_rate(num_training_steps: int, ratio: floa
     assert ALRSConfig().final_ratio(num_training_steps) == pytest.approx(ratio)
     assert ALRSConfig(average_weights=False).final_ratio(num_training_steps) == 0.0
     assert ALRSConfig(final_lr_ratio=0.2).final_ratio(num_training_steps) == 0.2
+
+
+@pytest.mark.parametrize(
+    ("num_training_steps", "beta1"), [(1, 0.7), (333, 0.7), (400, 0.75), (500, 0.8), (1000, 0.9), (10_000, 0.99)]
+)
+def test_beta1_looks_back_over_a_hundredth_of_the_run(num_training_steps: int, beta1: float) -> None:
+    assert ALRSConfig().highest_beta1(num_training_steps) == pytest.approx(beta1)
+    assert ALRSConfig(max_beta1=0.5).highest_beta1(num_training_steps) == 0.5

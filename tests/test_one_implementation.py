@@ -155,6 +155,8 @@ CASES = {
     "sgd": ({"optimizer": "sgd"}, 1e-2, 0),
     "adam, far too high": ({"optimizer": "adam"}, 0.5, 8),
     "momentum, far too high": ({"optimizer": "sgdm", "activation": "relu"}, 0.6, 0),
+    # less momentum than 0.9, more than in a short run
+    "adam, long": ({"optimizer": "adam", "num_training_steps": 500}, 1e-3, 0),
     # five steps for each update of the average
     "sgd, long": ({"optimizer": "sgd", "num_training_steps": 600}, 1e-2, 8),
 }

@@ -94,7 +94,7 @@ VALID = {
     "rollback": st.booleans(),
     "average_weights": st.booleans(),
     "final_lr_ratio": st.none() | st.floats(0, 1),
-    "max_beta1": st.floats(0, 1),
+    "max_beta1": st.none() | st.floats(0, 1),
 }
 ANY = st.floats(allow_nan=True, allow_infinity=True)
 # The square of a larger loss overflows, see `test_a_huge_loss_is_taken_silently`.

@@ -118,9 +118,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         dest="choose_average",
         help="Take the average of the last steps always, whatever the controller's split says.",
     )
-    parser.add_argument(
-        "--max_beta1", type=float, default=defaults.max_beta1, help="Adam's beta1 in the runs; 1 leaves it as it is."
-    )
+    parser.add_argument("--max_beta1", type=float, help="Of the runs, in place of the default.")
     parser.add_argument(
         "--output_dir",
         type=home_expanded,
@@ -170,7 +168,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
     if not config.choose_average:
         report["choose_average"] = False
         name += "-fixed-average"
-    if config.max_beta1 != defaults.max_beta1:
+    if config.max_beta1 is not None:
         report["max_beta1"] = config.max_beta1
         name += f"-beta1-{config.max_beta1}"
     path = options.output_dir / f"report-{name}.json"

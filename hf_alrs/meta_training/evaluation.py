@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import MAX_BETA1, ALRSConfig, InputError
+from ..config import ALRSConfig, InputError
 from ..controller import CONTROL_VERSION
 from ..network import MetaLRNetwork
 from ..workers import end_with_parent
@@ -122,7 +122,7 @@ def evaluate_network(
     progress: Callable[[str, int, int], None] | None = None,
     final_lr_ratio: float | None = None,
     choose_average: bool = True,
-    max_beta1: float = MAX_BETA1,
+    max_beta1: float | None = None,
 ) -> dict[str, object]:
     """
     Judges a network on groups drawn from seeds of one's choice; what is stored in `output_dir` is not run again.
@@ -134,7 +134,7 @@ def evaluate_network(
         num_tasks (`int`), max_cost (`float`, *optional*): Of a group, as in `MetaTrainingConfig`.
         num_workers (`int`): Processes.
         progress (`Callable[[str, int, int], None]`, *optional*): Told the stage, what is done of it and its total.
-        final_lr_ratio (`float`, *optional*), choose_average (`bool`), max_beta1 (`float`): Of the [`ALRSConfig`] under which
+        final_lr_ratio (`float`, *optional*), choose_average (`bool`), max_beta1 (`float`, *optional*): Of the [`ALRSConfig`] under which
             the network drives.
 
     Returns:
@@ -147,7 +147,7 @@ def evaluate_network(
         folder = folder.with_name(f"{folder.name}-{final_lr_ratio}")
     if not choose_average:
         folder = folder.with_name(f"{folder.name}-fixed-average")
-    if max_beta1 != MAX_BETA1:
+    if max_beta1 is not None:
         folder = folder.with_name(f"{folder.name}-beta1-{max_beta1}")
     folder.mkdir(parents=True, exist_ok=True)
     network.save_pretrained(folder)

@@ -153,7 +153,7 @@ def rollout(
     first_jump = max(1, math.ceil(steps_of(config.phase1_steps, total) / interval))
     evaluate_every = max(1, total // num_evaluations) if num_evaluations else total + 1
     population.reset()
-    population.beta1 = min(MOMENTUM, config.max_beta1)
+    population.beta1 = min(MOMENTUM, config.highest_beta1(total))
     # Each with its gamma
     averages: list[tuple[Tensor, int]] = []
     if config.average_weights:

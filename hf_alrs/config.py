@@ -64,8 +64,8 @@ AVERAGED_FINAL_LR_RATIO = 0.3
 # than 0.3, and that than less; from 100 steps on 0.5 was worse than 0.3, and 0.15 as good.
 SHORT_FINAL_LR_RATIO, _SHORT_STEPS = 0.7, (35, 100)
 # The average smooths what momentum is there to smooth, and does it without the lag, which is what a short run cannot afford. On
-# synthetic tasks 0.7 was better than 0.9 and 0.8, and 0.5 as good on the whole and much worse in a few groups. Of more than 300 steps
-# the gain was no more than its error: there Adam's gradients are averaged over a hundredth of the run.
+# synthetic tasks 0.7 was better than 0.9 and 0.8, and 0.5 as good on the whole and much worse in a few groups. In runs of more
+# than 300 steps the gain is small and not sure: the longer the run, the more of the optimizer's own stays.
 SHORT_MAX_BETA1, _MOMENTUM_SHARE = 0.7, 0.01
 
 

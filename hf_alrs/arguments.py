@@ -95,7 +95,7 @@ class ALRSArguments:
         default=None,
         metadata={
             "help": "--adam_beta1 is lowered to this where it is higher; 1 leaves it as it is. Default: 0.7 in runs of up to 333 "
-            "steps, then 1 - 100 / steps."
+            "steps, then 1 - 100 / steps; 1 without averaged weights."
         },
     )
     min_lr: float = field(default=0.0, metadata={"help": "Lower bound of the rate."})

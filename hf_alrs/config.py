@@ -204,8 +204,9 @@ class ALRSConfig:
     max_beta1: float | None = field(
         default=None,
         metadata={
-            "help": "The beta1 of Adam and its kin is lowered to this where it is higher, from 0 to 1; 1 leaves it as it is. Default: "
-            "0.7 in runs of up to 333 steps, then 1 - 100 / steps, so that from 1,000 steps on 0.9 stays."
+            "help": "The beta1 of Adam, AdamW and others that are named after them and have `betas` is lowered to this where it is higher, from "
+            "0 to 1; 1 leaves it as it is. Default: 0.7 in runs of up to 333 steps, then 1 - 100 / steps, so that from 1,000 steps on 0.9 "
+            "stays; 1 without averaged weights."
         },
     )
 
@@ -386,9 +387,14 @@ class ALRSConfig:
         return AVERAGED_FINAL_LR_RATIO + share * (SHORT_FINAL_LR_RATIO - AVERAGED_FINAL_LR_RATIO)
 
     def highest_beta1(self, num_training_steps: int) -> float:
-        """`max_beta1`, with its default resolved: `1 - 100 / num_training_steps`, and at least 0.7."""
+        """
+        `max_beta1`, with its default resolved: 1 without averaging, which smooths in the place of momentum; with it
+        `1 - 100 / num_training_steps`, and at least 0.7.
+        """
         if self.max_beta1 is not None:
             return self.max_beta1
+        if not self.average_weights:
+            return 1.0
         return max(SHORT_MAX_BETA1, 1.0 - 1.0 / (_MOMENTUM_SHARE * num_training_steps))
 
     def _check(self, name: str, holds: bool, rule: str, remedy: str) -> None:

@@ -8,7 +8,7 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -59,7 +59,12 @@ def unwrapped_optimizer(optimizer: Any) -> Optimizer:
 
 
 def _averages_weights_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer has modes of its own, as Schedule-Free has; those that a scheduler gave it do not count."""
+    """
+    Whether the optimizer has modes of its own, as Schedule-Free has (but for its variants with a closure); those that a
+    scheduler gave it do not count.
+    """
+    if "schedulefree" in type(optimizer).__name__.lower():
+        return True
     switch = getattr(optimizer, "eval", None)
     return callable(switch) and not isinstance(getattr(switch, "__self__", None), ALRSScheduler)
 
@@ -71,7 +76,9 @@ def is_adaptive(optimizer: Optimizer) -> bool:
 
 def _has_beta1(optimizer: Optimizer) -> bool:
     """Whether the first of `betas` is the decay of a running mean of gradients, as in Adam and what is named after it."""
-    return "adam" in type(optimizer).__name__.lower() and not _averages_weights_itself(optimizer)
+    inner = getattr(optimizer, "optim", None)  # ZeRO's
+    name = type(inner if isinstance(inner, Optimizer) else optimizer).__name__.lower()
+    return "adam" in name and "adamuon" not in name and not _averages_weights_itself(optimizer)
 
 
 class ALRSScheduler(LRScheduler):
@@ -89,8 +96,9 @@ class ALRSScheduler(LRScheduler):
 
     Args:
         optimizer (`torch.optim.Optimizer`): Any torch optimizer; accelerate's wrapper is seen through. Groups keep the
-            ratios of their rates, and groups with rate 0 stay frozen. The beta1 of Adam and its kin is lowered to
-            `config.highest_beta1(num_training_steps)`.
+            ratios of their rates, and groups with rate 0 stay frozen. The beta1 of Adam, AdamW and others that
+            are named after them and have `betas` is lowered to `config.highest_beta1(num_training_steps)`; the group keeps its own
+            as `initial_beta1`.
         num_training_steps (`int`): Length of the run in optimizer steps.
         num_warmup_steps (`int`, *optional*, defaults to 0): Steps of linear warmup.
         config (`ALRSConfig`, *optional*): How the network drives.
@@ -149,7 +157,7 @@ class ALRSScheduler(LRScheduler):
         if isinstance(previous, ALRSScheduler):
             previous.close()
         self._inner = inner
-        self._max_beta1 = self.config.highest_beta1(self.controller.num_training_steps) if _has_beta1(inner) else 1.0
+        self._max_beta1 = self.config.highest_beta1(self.controller.num_training_steps) if _has_beta1(inner) else None
         self._driven = [rate > 0 for rate in rates]  # groups that are not frozen by a rate of 0
         self._average: WeightAverage | None = None
         self._measured: list[int] = []  # places of the parameters among those of all groups
@@ -782,9 +790,8 @@ class ALRSScheduler(LRScheduler):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-            if self._max_beta1 < 1 and group.get("betas"):
-                # At every step, as the optimizer's own may come back from a checkpoint
-                group["betas"] = _lowered(group["betas"], self._max_beta1)
+            if self._max_beta1 is not None and group.get("betas") is not None:
+                _lower_beta1(group, self._max_beta1)  # at every step, as a checkpoint may bring another one
         self._last_lr = rates
 
     # Checkpoints
@@ -1039,18 +1046,28 @@ def _copied_state(optimizer: Optimizer, device: torch.device | None) -> dict[int
 def _numbers_of_groups(optimizer: Optimizer) -> list[dict[str, float]]:
     """What optimizers count in their groups (Schedule-Free, Prodigy); rates are set anew at every step."""
     return [
-        {key: value for key, value in group.items() if type(value) in (int, float) and key not in ("lr", "initial_lr")}
+        {
+            key: value
+            for key, value in group.items()
+            if type(value) in (int, float) and key not in ("lr", "initial_lr", "initial_beta1")
+        }
         for group in optimizer.param_groups
     ]
 
 
-def _lowered(betas: Sequence[Any], max_beta1: float) -> Sequence[Any]:
-    """`betas` with the first one at most `max_beta1`; one that is a tensor is changed in place, without looking at it."""
-    beta1, *others = betas
-    if isinstance(beta1, torch.Tensor):
-        beta1.clamp_(max=max_beta1)
-        return betas
-    return betas if beta1 <= max_beta1 else (max_beta1, *others)
+def _lower_beta1(group: dict[str, Any], max_beta1: float) -> None:
+    """The group's own beta1 is kept, for a later run of another length; one that is a tensor is no other optimizer's."""
+    beta1, *others = group["betas"]
+    is_tensor = isinstance(beta1, torch.Tensor)
+    if "initial_beta1" not in group:
+        group["initial_beta1"] = beta1
+        if is_tensor:
+            beta1 = beta1.clone()
+            group["betas"] = (beta1, *others)
+    if is_tensor:  # in place, and without looking at it
+        beta1.copy_(group["initial_beta1"].clamp(max=max_beta1))
+    else:
+        group["betas"] = (min(group["initial_beta1"], max_beta1), *others)
 
 
 def _unshare_rates(groups: list[dict[str, Any]]) -> None:

@@ -335,12 +335,14 @@ def test_a_plain_loop_ends_with_the_averaged_weights(quiet: Config) -> None:
 
 
 def test_averaging_changes_nothing_of_the_training(moving_config: Config) -> None:
-    """Without averaging and with the same decay, rates and raw weights are the same to the last bit."""
+    """Without averaging and with the same decay and momentum, rates and raw weights are the same to the last bit."""
     runs = []
     for average_weights in (True, False):
         model = Line()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        config = moving_config(average_weights=average_weights, final_lr_ratio=0.3, max_restarts=2, rollback=True)
+        config = moving_config(
+            average_weights=average_weights, final_lr_ratio=0.3, max_beta1=1.0, max_restarts=2, rollback=True
+        )
         scheduler = ALRSScheduler(optimizer, T, config=config)
         trained = loop(model, optimizer, scheduler, T, nan_at=20)
         runs.append((trained, scheduler.history))

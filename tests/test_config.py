@@ -139,4 +139,5 @@ def test_short_runs_keep_more_of_their_rate(num_training_steps: int, ratio: floa
 )
 def test_beta1_looks_back_over_a_hundredth_of_the_run(num_training_steps: int, beta1: float) -> None:
     assert ALRSConfig().highest_beta1(num_training_steps) == pytest.approx(beta1)
-    assert ALRSConfig(max_beta1=0.5).highest_beta1(num_training_steps) == 0.5
+    assert ALRSConfig(max_beta1=0.5, average_weights=False).highest_beta1(num_training_steps) == 0.5
+    assert ALRSConfig(average_weights=False).highest_beta1(num_training_steps) == 1.0

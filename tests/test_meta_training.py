@@ -382,7 +382,10 @@ def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path:
     assert json.loads((tmp_path / "report-64-32-5-2-fixed-average.json").read_text())["choose_average"] is False
     assert len(list(tmp_path.rglob("group-5.json"))) == 3
     meta_evaluate_command([*arguments, "--max_beta1", "1"], dict)
-    assert json.loads((tmp_path / "report-64-32-5-2-beta1-1.0.json").read_text())["max_beta1"] == 1.0
+    lowered = json.loads((tmp_path / "report-64-32-5-2.json").read_text())["table"]["mean_regret"]
+    own = json.loads((tmp_path / "report-64-32-5-2-beta1-1.0.json").read_text())
+    assert own["max_beta1"] == 1.0
+    assert own["table"]["mean_regret"] != lowered, "one of the groups is trained by Adam"
     assert len(list(tmp_path.rglob("group-5.json"))) == 4
 
 

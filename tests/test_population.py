@@ -342,6 +342,8 @@ def test_run_fixed_prefers_a_sensible_rate_and_averages():
     rates = torch.tensor([1e-6, 1e-2, 30.0]).log()
     loss, error = population.run_fixed(rates)
     averaged_loss, averaged_error = population.run_fixed(rates, 0.3, average=True)
+    population.beta1 = 0.1  # of a run under control before
+    assert torch.equal(population.run_fixed(rates)[0], loss)
     assert loss.argmin() == 1
     assert averaged_loss.argmin() == 1
     assert loss.shape == error.shape == averaged_loss.shape == averaged_error.shape == (3,)

@@ -536,30 +536,49 @@ def test_the_history_holds_the_rate_of_the_leading_group(quiet: Config) -> None:
         (lambda p: torch.optim.Adam(p), 1.0, (0.9, 0.999), 0.9),
         (lambda p: Lion(p, lr=0.003), 0.7, (0.9, 0.99), 0.9),  # its first beta is none of a mean of gradients
         (lambda p: schedulefree.AdamWScheduleFree(p), 0.7, (0.9, 0.999), 0.9),  # nor is this one's
+        (lambda p: schedulefree.AdamWScheduleFreeClosure(p), 0.7, (0.9, 0.999), 0.9),
     ],
 )
 def test_beta1_is_lowered(
     make: Any, max_beta1: float | None, expected: tuple[float, float], of_a_later_group: float, quiet: Config
 ) -> None:
     optimizer = make([nn.Parameter(torch.ones(3))])
-    scheduler = ALRSScheduler(optimizer, T, config=quiet(max_beta1=max_beta1))
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(max_beta1=max_beta1, average_weights=True))
     assert optimizer.param_groups[0]["betas"] == expected
     saved = optimizer.state_dict()
-    saved["param_groups"][0]["betas"] = (0.9, 0.999)  # of a checkpoint of before
+    saved["param_groups"][0]["betas"] = (0.9, 0.999)  # of a run without ALRS
+    saved["param_groups"][0].pop("initial_beta1", None)
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "betas": (0.9, 0.999)})
-    sum(p.square().sum() for group in optimizer.param_groups for p in group["params"]).backward()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum(p.square().sum() for group in optimizer.param_groups for p in group["params"])
+        loss.backward()
+        return loss
+
     optimizer.train() if hasattr(optimizer, "train") else None
-    optimizer.step()
+    optimizer.step(closure)
     scheduler.step()
     assert [group["betas"][0] for group in optimizer.param_groups] == [of_a_later_group] * 2
+
+
+def test_a_later_run_of_the_same_optimizer_finds_its_own_beta1(quiet: Config) -> None:
+    weights = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weights], betas=(0.95, 0.98))
+    seen = []
+    for num_training_steps, average in ((300, True), (500, True), (10_000, True), (300, False)):
+        scheduler = ALRSScheduler(optimizer, num_training_steps, config=quiet(average_weights=average))
+        seen.append(optimizer.param_groups[0]["betas"])
+        scheduler.close()
+    assert seen == [(0.7, 0.98), (pytest.approx(0.8), 0.98), (0.95, 0.98), (0.95, 0.98)]
 
 
 def test_a_step_with_a_lowered_beta1_is_that_of_an_adam_that_was_made_so(quiet: Config) -> None:
     weights = [nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
     driven = torch.optim.Adam([weights[0]], lr=0.1)
-    scheduler = ALRSScheduler(driven, T, config=quiet(average_weights=False, final_lr_ratio=1.0))
+    scheduler = ALRSScheduler(driven, T, config=quiet(max_beta1=0.7, final_lr_ratio=1.0))
     made_so = torch.optim.Adam([weights[1]], lr=0.1, betas=(0.7, 0.999))
     for _ in range(T):
         for p, optimizer in zip(weights, (driven, made_so), strict=True):
@@ -570,13 +589,18 @@ def test_a_step_with_a_lowered_beta1_is_that_of_an_adam_that_was_made_so(quiet: 
     assert torch.equal(*weights)
 
 
-def test_a_beta1_that_is_a_tensor_stays_the_tensor(quiet: Config) -> None:
+def test_a_beta1_that_is_a_tensor_is_no_other_optimizers(quiet: Config) -> None:
     beta1 = torch.tensor(0.9)
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(3))], lr=torch.tensor(0.1), betas=(0.9, 0.999))
     optimizer.param_groups[0]["betas"] = (beta1, torch.tensor(0.999))
-    ALRSScheduler(optimizer, T, config=quiet())
-    assert optimizer.param_groups[0]["betas"][0] is beta1
-    assert float(beta1) == pytest.approx(0.7)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(max_beta1=0.7))
+    lowered = optimizer.param_groups[0]["betas"][0]
+    assert float(lowered) == pytest.approx(0.7)
+    assert float(beta1) == pytest.approx(0.9)
+    optimizer.param_groups[0]["params"][0].sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["betas"][0] is lowered, "a captured graph reads this one"
 
 
 # Restarts and probes

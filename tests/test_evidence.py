@@ -468,6 +468,21 @@ def test_one_seed_allows_no_verdict(repository: Path, tmp_path: Path) -> None:
     assert "equals" not in told.split("#### Tiny table")[1].split("<!-- generated")[0]
 
 
+def test_several_seeds_of_one_scheduler_are_told_by_their_mean(repository: Path, tmp_path: Path) -> None:
+    content = changed(grids=[{"schedulers": ["alrs"], "learning_rates": [1e-3], "seeds": [0, 1]}])
+    del content["studies"]["single"], content["studies"]["tiny"]["updated"]
+    plan = read_plan(write_plan(tmp_path, content), [RECIPES])
+    folder = repository / "results" / "report"
+    shutil.rmtree(folder)
+    store_all(plan, folder)
+    build_evidence(plan, folder)
+    update_readme(repository)
+    for path in (repository / "README.md", repository / "results" / "README.md"):
+        assert (
+            "Tiny table, alrs from 1e-3, 2 seeds: accuracy 0.595 ± 0.007 and loss 0.405 ± 0.007. 1 of 20 epochs."
+        ) in path.read_text()
+
+
 def test_a_readme_without_marks_is_refused(repository: Path) -> None:
     (repository / "README.md").write_text("# Nothing\n")
     with pytest.raises(InputError, match="no place"):

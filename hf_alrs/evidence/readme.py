@@ -150,7 +150,7 @@ def _readme_part(studies: list[_Study], arena: list[_Study]) -> str:
     if ablations := [study for study in studies if study.is_ablation]:
         lines += [f"What the parts of ALRS bring: final loss{_ON_EVAL}:", "", *_means(ablations, "eval_loss")]
     rest = [study for study in studies if not (study.is_comparison or study.is_ablation)]
-    single = [f"- {line}" for study in rest for line in _single_run(study)]
+    single = [f"- {line}" for study in rest for line in _without_baseline(study)]
     lines += [*single, ""] if single else []
     return "\n".join(lines) + "\n" if lines else ""
 
@@ -246,8 +246,17 @@ def _mean_at_rate(study: _Study, scheduler: str, metric: str) -> str:
     return "n/a"
 
 
-def _single_run(study: _Study) -> Iterator[str]:
-    """A study without a baseline: what its shown run reached."""
+def _without_baseline(study: _Study) -> Iterator[str]:
+    """A study without a baseline: what its shown run reached, or its runs on average where there are several."""
+    cells = study.task["cells"]
+    if len(cells) == 1 and cells[0]["num_runs"] > 1:
+        name = cells[0]["scheduler"]
+        score, loss = (_mean_at_rate(study, name, metric) for metric in (study.task["score"], "eval_loss"))
+        yield (
+            f"{study.told['title']}, {name} from {format_rate(study.rate)}, {cells[0]['num_runs']} seeds: "
+            f"{_short(study.task['score'])} {score} and loss {loss}. {study.told['caption']}"
+        )
+        return
     after, before = study.report["results"][study.name], study.report["benchmark_results"][study.name]
     run = study.report["shown_runs"][study.name]
     if after is None or before is None:
@@ -309,7 +318,7 @@ def _verdicts_part(reports: dict[str, dict[str, Any]]) -> str:
             if study.is_comparison:
                 lines += _comparison(study)
             else:
-                lines += [*(_ablation(study) if study.is_ablation else _single_run(study)), ""]
+                lines += [*(_ablation(study) if study.is_ablation else _without_baseline(study)), ""]
     if lines:
         lines = [_HOW_TO_READ, "", *lines]
     return "\n".join(lines) + "\n" if lines else ""

@@ -52,12 +52,13 @@ def steps_per_epoch(args: TrainingArguments, num_batches: int | None) -> int | N
 
 class ALRSCallback(TrainerCallback):
     """
-    Lets the network drive the learning rate of any `Trainer`; nothing else in the script changes.
+    Lets the network drive the learning rate of any `Trainer`; the script stays as it is.
 
     The rate of the script (`learning_rate`) is where it starts, warmup is kept, and the decay of `lr_scheduler_type` is
-    replaced. In runs of less than 1,000 steps Adam's beta1 is lowered (`max_beta1`). Averaged weights (see [`hf_alrs.averaging`]) are evaluated, saved in checkpoints and left in the model at the
-    end, while training goes on from the raw ones. The callback takes over the scheduler that Trainer made, so that the
-    logged `learning_rate` is the one in use and checkpoints hold the callback's state.
+    replaced. In runs of less than 1,000 steps Adam's beta1 is lowered (`max_beta1`). Averaged weights (see
+    [`hf_alrs.averaging`]) are evaluated, saved in checkpoints and left in the model at the end, while training goes on from
+    the raw ones. The callback takes over the scheduler that Trainer made, so that the logged `learning_rate` is the one in
+    use and checkpoints hold the callback's state.
 
     Put it last among the callbacks: a checkpoint that a later one asks for holds the raw weights. A checkpoint of
     [`ALRSTrainer`] is resumed with that one.

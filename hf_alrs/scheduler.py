@@ -96,9 +96,9 @@ class ALRSScheduler(LRScheduler):
 
     Args:
         optimizer (`torch.optim.Optimizer`): Any torch optimizer; accelerate's wrapper is seen through. Groups keep the
-            ratios of their rates, and groups with rate 0 stay frozen. The beta1 of Adam, AdamW and others that
-            are named after them and have `betas` is lowered to `config.highest_beta1(num_training_steps)`; the group keeps its own
-            as `initial_beta1`.
+            ratios of their rates, and groups with rate 0 stay frozen. The beta1 of Adam, AdamW and others that are named
+            after them and have `betas` is lowered to `config.highest_beta1(num_training_steps)`; the group keeps its own as
+            `initial_beta1`.
         num_training_steps (`int`): Length of the run in optimizer steps.
         num_warmup_steps (`int`, *optional*, defaults to 0): Steps of linear warmup.
         config (`ALRSConfig`, *optional*): How the network drives.

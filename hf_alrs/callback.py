@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, has_length
 
-from .averaging import LONG_SHARES, choice_size
+from .averaging import CHOICE_PARTS, LONG_SHARES, choice_size
 from .batch_norm import BatchNormStatistics, tracking_layers, unchanged_modes, unchanged_random_numbers
 from .config import ALRSConfig, InputError
 from .controller import DRIVE, FALLBACK, FIT, GATHER
@@ -86,8 +87,8 @@ class ALRSCallback(TrainerCallback):
         self.phases: list[str] = []
         # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
         self.evaluate_controller: Callable[[], dict[str, float]] | None = None
-        # Its loss on so many examples there, with the weights as they are
-        self.choose_by: Callable[[int], float] | None = None
+        # The losses of parts of so many examples there, with the weights as they are
+        self.choose_by: Callable[[int], list[float]] | None = None
         self.choice_split, self.choice_statistics = 0, 0  # examples there, and of batch-norm for a choice
         self._chosen_at: int | None = None  # step of the last choice
         self.told_losses = False  # by `ALRSTrainer`, which tells the scheduler itself
@@ -408,7 +409,10 @@ class ALRSTrainer(Trainer):
         self.alrs_callback = ALRSCallback(self.alrs_config)
         self.alrs_callback.told_losses = True
         self.alrs_callback.forward_batch = self._forward_batch
-        self._controller_loaders: dict[int, Any] = {}  # by the number of examples
+        self._controller_loaders: dict[
+            tuple[int, int, bool], Any
+        ] = {}  # by the numbers of examples, in all and in a batch
+        self._keeps_order = False  # of the examples, in evaluations that choose the average
         self._num_batches: int | None = None
         self.add_callback(self.alrs_callback)
 
@@ -430,7 +434,7 @@ class ALRSTrainer(Trainer):
         indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset) and has_length(split)
         indexed = indexed and len(split) > 0
         self.alrs_callback.evaluate_controller = self._evaluate_controller if indexed else None
-        self.alrs_callback.choose_by = self._choice_loss if indexed and self.alrs_config.choose_average else None
+        self.alrs_callback.choose_by = self._choice_losses if indexed and self.alrs_config.choose_average else None
         self.alrs_callback.choice_split = len(split) if indexed else 0
         batch_norm = bool(tracking_layers(self.model))
         self.alrs_callback.choice_statistics = self.alrs_config.batch_norm_samples // 4 if batch_norm else 0
@@ -479,9 +483,24 @@ class ALRSTrainer(Trainer):
         finally:
             scheduler.batch_norm = batch_norm
 
-    def _choice_loss(self, size: int) -> float:
-        """Loss on a sample of the controller's split, with the model as it is."""
-        metrics = self._metrics_of_sample(size, loss_only=True)
+    def _choice_losses(self, size: int) -> list[float]:
+        """Losses of equal parts of a sample of the controller's split, with the model as it is."""
+        # Batches are the parts: enough of them to tell how sure a difference is, and none that is smaller than the others.
+        # No loss is taken of single examples, which some losses are not made for.
+        args, world_size, batch_size = self.args, self.args.world_size, self.args.per_device_eval_batch_size
+        whole = args.eval_batch_size
+        if not self.accelerator.split_batches:
+            most = size // (world_size * math.ceil(CHOICE_PARTS / world_size) * max(1, args.n_gpu))
+            args.per_device_eval_batch_size = min(batch_size, max(2, most))
+            whole = args.eval_batch_size * world_size
+        self._keeps_order = True
+        try:
+            with self._losses_of_batches() as losses:
+                metrics = self._metrics_of_sample(size // whole * whole or size, loss_only=True)
+        finally:
+            args.per_device_eval_batch_size, self._keeps_order = batch_size, False
+        if losses:
+            return self.accelerator.gather(torch.stack(losses).float()).tolist()
         name = f"{self.alrs_config.controller_metric_prefix}_loss"
         if name not in metrics and self.alrs_callback.choose_by is not None:
             self.alrs_callback.choose_by = None
@@ -489,21 +508,46 @@ class ALRSTrainer(Trainer):
                 "The model gives no loss on the controller's split, which would choose the average of the weights: that of the "
                 "last steps is taken. Trainer finds a loss where the split has labels that `label_names` names."
             )
-        return metrics.get(name, math.nan)
+        return [metrics.get(name, math.nan)]
+
+    @contextmanager
+    def _losses_of_batches(self) -> Iterator[list[torch.Tensor]]:
+        """Keeps the loss of each batch that is evaluated, as a subclass's own `prediction_step` gives it."""
+        step, own, losses = self.prediction_step, "prediction_step" in self.__dict__, []
+
+        def prediction_step(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            if output[0] is not None:
+                losses.append(output[0].detach().mean())
+            return output
+
+        self.prediction_step = prediction_step
+        try:
+            yield losses
+        finally:
+            if own:
+                self.prediction_step = step
+            else:
+                del self.prediction_step
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        # Batches of like lengths are others each time, and what is chosen between is compared batch by batch
+        return SequentialSampler(eval_dataset) if self._keeps_order else super()._get_eval_sampler(eval_dataset)
 
     def _metrics_of_sample(self, size: int, loss_only: bool = False) -> dict[str, float]:
         with unchanged_random_numbers(), unchanged_modes(self.model):
-            if size not in self._controller_loaders:
+            key = (size, self.args.eval_batch_size, self._keeps_order)
+            if key not in self._controller_loaders:
                 # Trainer keeps the loader of persistent workers for every dataset without a name
                 kept = self.__dict__.pop("_eval_dataloaders", None)
-                self._controller_loaders[size] = self.get_eval_dataloader(self._controller_sample(size))
+                self._controller_loaders[key] = self.get_eval_dataloader(self._controller_sample(size))
                 self._eval_dataloaders = kept if kept is not None else {}
             # Neither a bar nor an early-stopping callback is to take this for an evaluation that the script asked for.
             callbacks, self.callback_handler.callbacks = self.callback_handler.callbacks, []
             generates = getattr(self.args, "predict_with_generate", False)
             try:
                 output = self.evaluation_loop(
-                    self._controller_loaders[size],
+                    self._controller_loaders[key],
                     description="Controller",
                     # Generating costs many times a forward pass
                     prediction_loss_only=True if loss_only or self.compute_metrics is None or generates else None,

@@ -181,8 +181,8 @@ class ALRSConfig:
         default=True,
         metadata={
             "help": "Keep a second average, of nearly all of the run, and choose by the loss on the controller's split between the "
-            "two, their middle, half the way on from the second beyond the first, and the raw weights; one more copy of the "
-            "weights. Nothing of it without such a split."
+            "two, their middle, half the way on from the second beyond the first, and the raw weights, where these are better by "
+            "more than half a standard error; one more copy of the weights. Nothing of it without such a split."
         },
     )
     batch_norm_samples: int = field(

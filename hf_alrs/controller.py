@@ -47,7 +47,7 @@ from .network import MetaLRNetwork, load_network
 
 
 # Runs that were driven by another version of the control law and its defaults have other outcomes.
-CONTROL_VERSION = 7
+CONTROL_VERSION = 8
 
 # The last one is not part of a healthy run: a plain linear decay after repeated trouble.
 GATHER, FIT, DRIVE, FALLBACK = "gather", "fit", "drive", "fallback"

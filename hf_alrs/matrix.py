@@ -44,6 +44,7 @@ from transformers.training_args import OptimizerNames
 from .baselines import BASELINES, MIN_EVALUATIONS
 from .callback import ALRSTrainer, strict_json
 from .config import ALRSConfig, InputError
+from .controller import CONTROL_VERSION
 from .experiment import DataArguments, PreparedTask, Task, build_trainer, find_baseline, train_from
 from .recording import RunRecorder, clean_scores, hash_tensors
 from .report import read_result
@@ -380,7 +381,7 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
 
     Raises:
         `InputError`: If a run of `task` lies there that had other data, training arguments, number of evaluations, launcher
-            or `ALRSConfig`.
+            or `ALRSConfig`, or ran under another version of the control law.
     """
     arguments = TrainingArguments(**(experiment.arguments | {"output_dir": str(output_dir)})).to_dict()
     left_out = _OF_THE_MACHINE + _OF_THE_CELL + _OF_NO_RESULT
@@ -401,12 +402,15 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
             theirs = {key: value for key, value in theirs.items() if not key.startswith("eval_s")}
         if stored.get("alrs") is not None and baseline is not None and baseline.alrs_config is not None:
             config = replace(experiment.alrs_config, **baseline.alrs_config, seed=record["spec"]["seed"])
-            ours, theirs = ours | _settings(config), theirs | stored["alrs"]
+            # Runs from before versions were stored are of another one
+            ours, theirs = ours | _settings(config), theirs | {"control_version": None} | stored["alrs"]
         ours = json.loads(json.dumps(strict_json(ours), default=str))
         for key in ours:
             if key in theirs and not same_setting(ours[key], theirs[key]):  # another version may know others
                 failed = ", which failed," if record["status"] == "failed" else ""
                 remedy = "Give another --output_dir, or the options of the stored runs."
+                if key == "control_version":
+                    remedy = "Give another --output_dir, or the version of hf-alrs that made the stored runs."
                 raise InputError(
                     key,
                     ours[key],
@@ -417,7 +421,8 @@ def refuse_other_settings(experiment: Experiment, task: str, output_dir: Path) -
 
 def _settings(config: ALRSConfig) -> dict[str, Any]:
     """As stored with a run: the interval is the one in use, so that runs from before its default had two values fit."""
-    return config.to_dict() | {"decision_interval": config.time_between_decisions}
+    versions = {"control_version": CONTROL_VERSION}  # the same settings end otherwise under another control law
+    return config.to_dict() | {"decision_interval": config.time_between_decisions} | versions
 
 
 def same_setting(ours: Any, theirs: Any) -> bool:

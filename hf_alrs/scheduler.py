@@ -8,19 +8,20 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LRScheduler, OneCycleLR, StepLR
 from transformers import SchedulerType
 
-from .averaging import LONG_SHARES, WeightAverage
+from .averaging import LONG_SHARES, WeightAverage, choose
 from .batch_norm import BatchNormStatistics, tracking_layers
 from .config import ALRSConfig, InputError
 from .controller import FALLBACK, ALRSController, Decision
@@ -403,7 +404,7 @@ class ALRSScheduler(LRScheduler):
         """Whether the averaged weights are in the model now."""
         return self._average is not None and self._average.in_model
 
-    def choose_average(self, evaluate: Callable[[], float]) -> float | None:
+    def choose_average(self, evaluate: Callable[[], float | Sequence[float]]) -> float | None:
         """
         Chooses how far back the average of the weights goes by the loss on the controller's split, and leaves it in the
         model: the short average, the long one, their middle, half the way on from the long one beyond the short one, or the
@@ -412,9 +413,11 @@ class ALRSScheduler(LRScheduler):
         next, which puts the trained weights back.
 
         Args:
-            evaluate (`Callable[[], float]`): Mean loss of the model as it is, on examples that are neither trained on nor
-                reported; the same in all processes. Called in the mode that the model is in: it sets `model.eval()`, takes no
-                gradients, and sets the mode back.
+            evaluate (`Callable[[], float | Sequence[float]]`): Loss of the model as it is, on examples that are neither
+                trained on nor reported; the same in all processes. Either their mean, or the means of equal parts of them (each
+                time the same ones): then others than the short average are taken only where they are better by more than half
+                a standard error. Called in the mode that the model is in: it sets `model.eval()`, takes no gradients, and sets
+                the mode back.
 
         Returns:
             `float`, *optional*: Share of the long average, 0, 0.5, 1 or -0.5, or -1 for the raw weights; `None` where there is
@@ -425,9 +428,10 @@ class ALRSScheduler(LRScheduler):
         losses = []
         for share in LONG_SHARES:
             with self.showing(share, roughly=True):
-                loss = float(evaluate())
-            losses.append(loss if math.isfinite(loss) else math.inf)
-        self._average.long_share = LONG_SHARES[losses.index(min(losses))]
+                loss = evaluate()
+            parts = loss if isinstance(loss, Sequence) or getattr(loss, "ndim", 0) else [loss]
+            losses.append([float(part) for part in parts])
+        self._average.long_share = LONG_SHARES[int(choose(np.array(losses)))]
         self.num_choices += 1
         self._show_average()
         return self._average.long_share

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,7 @@ from hf_alrs.averaging import (
     RAW_WEIGHTS,
     WeightAverage,
     choice_size,
+    choose,
     update_interval,
     update_share,
 )
@@ -199,6 +201,30 @@ def test_losses_that_are_not_finite_choose_nothing(quiet: Config) -> None:
     losses = iter([math.nan, 3.0, math.inf, math.nan, math.inf, *[math.nan] * 5])
     assert scheduler.choose_average(lambda: next(losses)) == 0.5
     assert scheduler.choose_average(lambda: next(losses)) == 0.0, "the short one, when none can be told apart"
+
+
+def test_others_than_the_short_average_must_be_better_by_half_the_error_by_hand() -> None:
+    first = np.array([1.0, 2.0, 1.0, 2.0])
+    # Differences -1, 0, -1, 0: mean -0.5, deviation sqrt(1 / 3), error 0.2887, score -0.3557. Of the second one 2, -3, 2, -3:
+    # mean -0.5 as well, error 1.4434, score 0.2217
+    better = first - np.array([1.0, 0.0, 1.0, 0.0])
+    unsure = first + np.array([2.0, -3.0, 2.0, -3.0])
+    assert choose(np.stack([first, better])) == 1
+    assert choose(np.stack([first, unsure])) == 0
+    assert choose(np.stack([first, unsure, better])) == 2
+    assert choose(np.stack([first, better, first - 0.35])) == 1
+    assert choose(np.stack([first, better, first - 0.36])) == 2, "without an error"
+    assert choose(np.stack([first, first])) == 0, "the first among equals"
+    # One part has no error: the least loss
+    assert choose(np.array([[1.0], [0.9], [0.95]])) == 1
+    members = np.stack([np.stack([first, better]), np.stack([first, unsure])], -1)
+    assert choose(members).tolist() == [1, 0]
+    broken = np.array([math.inf, 2.0, 1.0, 2.0])
+    assert choose(np.stack([broken, first + 9, unsure])) == 2, "anything finite is better, by its mean"
+    assert choose(np.stack([first, broken, better * math.nan])) == 0
+    unlabelled = np.full((2, 1), math.nan)
+    assert choose(np.concatenate([np.stack([first, better]), unlabelled], 1)) == 1, "a part without a loss of any"
+    assert choose(np.full((3, 4), math.nan)) == 0
 
 
 @pytest.mark.parametrize(("can_choose", "changed"), [(False, {}), (True, {"choose_average": False})])
@@ -1065,12 +1091,12 @@ class Choosing(ALRSTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.tried: list[tuple[int, torch.Tensor, float]] = []
+        self.tried: list[tuple[int, torch.Tensor, list[float]]] = []
 
-    def _choice_loss(self, size: int) -> float:
-        loss = super()._choice_loss(size)
-        self.tried.append((self.state.global_step, flat(self.model), loss))
-        return loss
+    def _choice_losses(self, size: int) -> list[float]:
+        losses = super()._choice_losses(size)
+        self.tried.append((self.state.global_step, flat(self.model), losses))
+        return losses
 
 
 def choosing(tmp_path: Path, config: ALRSConfig, batch_norm: bool = False, **options: Any) -> Choosing:
@@ -1080,7 +1106,7 @@ def choosing(tmp_path: Path, config: ALRSConfig, batch_norm: bool = False, **opt
         model=tiny_classifier(batch_norm=batch_norm),
         args=arguments(tmp_path, **options),
         train_dataset=tiny_dataset(),
-        eval_dataset={"controller": tiny_dataset(100, seed=9), "held_out": tiny_dataset(16, seed=10)},
+        eval_dataset={"controller": tiny_dataset(96, seed=9), "held_out": tiny_dataset(16, seed=10)},
         alrs_config=config,
     )
 
@@ -1090,7 +1116,7 @@ def test_the_controllers_split_chooses_what_is_evaluated_saved_and_left(
     batch_norm: bool, tmp_path: Path, moving_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callback, "_CHOICES_SHARE", math.inf)
-    monkeypatch.setattr(averaging, "_CHOICE_SAMPLES", (100, 100))
+    monkeypatch.setattr(averaging, "_CHOICE_SAMPLES", (96, 96))
     options = {
         "eval_strategy": "steps",
         "eval_steps": 10,
@@ -1107,16 +1133,18 @@ def test_the_controllers_split_chooses_what_is_evaluated_saved_and_left(
     assert steps == sorted([*range(10, last, 10), *range(16, last, 16), last] * len(LONG_SHARES)), (
         "each where it is looked at"
     )
-    of_step = {step: [(loss, w) for at, w, loss in trainer.tried if at == step] for step in steps}
-    assert all(len({loss for loss, _ in tried}) == len(LONG_SHARES) for tried in of_step.values())
-    assert torch.equal(flat(trainer.model), min(of_step[last], key=lambda pair: pair[0])[1])
-    assert torch.equal(
-        saved_weights(tmp_path / "whole" / "checkpoint-16", trainer.model),
-        min(of_step[16], key=lambda pair: pair[0])[1],
-    )
+    of_step = {step: [(losses, w) for at, w, losses in trainer.tried if at == step] for step in steps}
+    assert all(len({tuple(losses) for losses, _ in tried}) == len(LONG_SHARES) for tried in of_step.values())
+    assert {len(losses) for _, _, losses in trainer.tried} == {averaging.CHOICE_PARTS}
+
+    def chosen(step: int) -> tuple[list[float], torch.Tensor]:
+        return of_step[step][choose(np.array([losses for losses, _ in of_step[step]]))]
+
+    assert torch.equal(flat(trainer.model), chosen(last)[1])
+    assert torch.equal(saved_weights(tmp_path / "whole" / "checkpoint-16", trainer.model), chosen(16)[1])
     told = {e["step"]: e["eval_controller_loss"] for e in trainer.state.log_history if "eval_controller_loss" in e}
     for step in () if batch_norm else range(10, last, 10):  # the whole split, which is smaller than the sample
-        assert told[step] == pytest.approx(min(loss for loss, _ in of_step[step]), rel=1e-5)
+        assert told[step] == pytest.approx(np.mean(chosen(step)[0]), rel=1e-5)
     shares = [e["alrs/long_share"] for e in trainer.state.log_history if "alrs/long_share" in e]
     assert shares and set(shares) <= set(LONG_SHARES)
 
@@ -1158,8 +1186,8 @@ def test_a_split_that_gives_no_loss_chooses_nothing(
 ) -> None:
     examples = [{"x": example["x"]} for example in tiny_dataset(16, seed=9)]
     left = []
-    for choose in (True, False):
-        trainer = choosing(tmp_path / str(choose), quiet(choose_average=choose))
+    for on in (True, False):
+        trainer = choosing(tmp_path / str(on), quiet(choose_average=on))
         trainer.eval_dataset["controller"] = [] if split == "empty" else examples
         with caplog.at_level("WARNING"):
             trainer.train()
@@ -1174,14 +1202,117 @@ def test_how_many_examples_choose_the_average() -> None:
     assert {trained: choice_size(trained) for trained in sizes} == sizes
 
 
+@pytest.mark.parametrize(
+    ("size", "batch_size", "parts"),
+    [(100, 8, [8] * 12), (100, 64, [12] * 8), (17, 8, [2] * 8), (5, 8, [2] * 2), (5, 1, [1] * 5)],
+)
+def test_a_choice_looks_at_equal_parts(
+    size: int, batch_size: int, parts: list[int], tmp_path: Path, quiet: Config
+) -> None:
+    trainer = choosing(tmp_path, quiet(controller_evaluations=4), per_device_eval_batch_size=batch_size)
+    trainer.eval_dataset["controller"] = tiny_dataset(size, seed=9)
+    seen: list[int] = []
+    hook = trainer.model.register_forward_pre_hook(
+        lambda model, args, kwargs: None if model.training else seen.append(len(kwargs["x"])), with_kwargs=True
+    )
+    trainer.train()
+    hook.remove()
+    assert seen[-len(parts) * len(LONG_SHARES) :] == parts * len(LONG_SHARES)
+    assert seen[0] == min(size, batch_size), "other evaluations keep their batches"
+    assert trainer.args.per_device_eval_batch_size == batch_size
+    assert [len(losses) for _, _, losses in trainer.tried] == [len(parts)] * len(LONG_SHARES)
+    # Those of the weights that are left
+    losses = next(losses for _, shown, losses in trainer.tried if torch.equal(shown, flat(trainer.model)))
+    sample = trainer._controller_sample(sum(parts))
+    batch = {name: torch.stack([torch.as_tensor(example[name]) for example in sample]) for name in sample[0]}
+    with torch.no_grad():
+        trainer.model.eval()
+        expected = [
+            float(trainer.model(**{name: value[i : i + parts[0]] for name, value in batch.items()})["loss"])
+            for i in range(0, sum(parts), parts[0])
+        ]
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_chosen_between_is_compared_on_the_same_batches(tmp_path: Path, quiet: Config) -> None:
+    """Batches of like lengths, which Trainer draws anew for each evaluation, would differ."""
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 1)
+            self.seen: list[tuple[int, ...]] = []
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            if not self.training:
+                self.seen.append(tuple(labels.tolist()))
+            return {"loss": (self.embedding(input_ids).mean() - labels.float().mean()).square()}
+
+    examples = [{"input_ids": [1] * (1 + i % 7), "labels": i} for i in range(32)]
+    trainer = Choosing(
+        model=Text(),
+        args=arguments(tmp_path, train_sampling_strategy="group_by_length", per_device_eval_batch_size=4),
+        train_dataset=examples,
+        eval_dataset={"controller": examples},
+        data_collator=lambda batch: {
+            "input_ids": nn.utils.rnn.pad_sequence([torch.tensor(e["input_ids"]) for e in batch], batch_first=True),
+            "labels": torch.tensor([e["labels"] for e in batch]),
+        },
+        alrs_config=quiet(),
+    )
+    trainer.train()
+    assert len(trainer.tried) == len(LONG_SHARES)
+    seen = trainer.model.seen[-8 * len(LONG_SHARES) :]
+    first, *others = (seen[i : i + 8] for i in range(0, len(seen), 8))
+    assert sorted(label for batch in first for label in batch) == list(range(32))
+    assert all(other == first for other in others)
+
+
+def test_a_trainers_own_losses_choose_and_an_error_leaves_nothing_behind(tmp_path: Path, quiet: Config) -> None:
+    class Doubled(Choosing):
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step < 0:
+                raise OSError("no more data")
+            loss, logits, labels = super().prediction_step(*args, **kwargs)
+            return loss * 0 + 7.0, logits, labels
+
+    trainer = Doubled(
+        model=tiny_classifier(),
+        args=arguments(tmp_path, per_device_eval_batch_size=64),
+        train_dataset=tiny_dataset(),
+        eval_dataset={"controller": tiny_dataset(96, seed=9)},
+        alrs_config=quiet(),
+    )
+    trainer.train()
+    assert [losses for _, _, losses in trainer.tried] == [[7.0] * averaging.CHOICE_PARTS] * len(LONG_SHARES)
+    assert "prediction_step" not in trainer.__dict__
+    trainer.state.global_step = -1
+    with pytest.raises(OSError, match="no more data"):
+        trainer._choice_losses(96)
+    assert "prediction_step" not in trainer.__dict__
+    assert (trainer.args.per_device_eval_batch_size, trainer._keeps_order) == (64, False)
+
+
+@pytest.mark.parametrize(
+    "kind", [list, torch.tensor, lambda parts: torch.tensor(parts, dtype=torch.bfloat16)[0], np.array]
+)
+def test_losses_of_a_loop_may_come_in_any_form(kind: Callable[[list[float]], Any], quiet: Config) -> None:
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scheduler = ALRSScheduler(optimizer, T, config=quiet(), model=model, can_choose=True)
+    train(model, optimizer, scheduler, 20)
+    losses = iter([[5.0, 5.0], [3.0, 3.0], [4.0, 4.0], [5.0, 5.0], [6.0, 6.0]])
+    assert scheduler.choose_average(lambda: kind(next(losses))) == 0.5
+
+
 def test_choosing_the_average_changes_nothing_of_the_training(tmp_path: Path, quiet: Config) -> None:
     rates = []
-    for choose in (True, False):
-        trainer = choosing(tmp_path / str(choose), quiet(choose_average=choose))
+    for on in (True, False):
+        trainer = choosing(tmp_path / str(on), quiet(choose_average=on))
         trainer.train()
-        lines = (tmp_path / str(choose) / "alrs_history.jsonl").read_text().splitlines()
+        lines = (tmp_path / str(on) / "alrs_history.jsonl").read_text().splitlines()
         rates.append([(entry["learning_rate"], entry["loss"]) for entry in map(json.loads, lines)])
-        assert len(trainer.tried) == (len(LONG_SHARES) if choose else 0)
+        assert len(trainer.tried) == (len(LONG_SHARES) if on else 0)
     assert rates[0] == rates[1]
 
 

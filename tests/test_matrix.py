@@ -19,6 +19,7 @@ import torch
 from conftest import tiny_classifier, tiny_dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_alrs import matrix
 from hf_alrs.baselines import BASELINES, MIN_EVALUATIONS, scheduler_kwargs
 from hf_alrs.callback import ALRSTrainer
 from hf_alrs.config import ALRSConfig, InputError
@@ -164,7 +165,9 @@ def test_stored_runs_are_not_repeated_and_a_rerun_gives_the_same_numbers(
         assert first[name]["results"]["eval_loss"] == second[name]["results"]["eval_loss"]
 
 
-def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp_path: Path) -> None:
+def test_runs_that_were_made_otherwise_are_not_mixed(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_matrix(experiment, build_matrix("sample", ["alrs", "schedule_free", "greedy"], [1e-3], [0]), tmp_path)
     refuse_other_settings(experiment, "sample", tmp_path)
     refuse_other_settings(
@@ -185,6 +188,11 @@ def test_runs_that_were_made_otherwise_are_not_mixed(experiment: Experiment, tmp
             refuse_other_settings(other, "sample", tmp_path)
         assert error.value.field == field
         refuse_other_settings(other, "another task", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(matrix, "CONTROL_VERSION", -1)
+        with pytest.raises(InputError, match=r"or the version of hf-alrs that made the stored runs") as error:
+            refuse_other_settings(experiment, "sample", tmp_path)
+        assert error.value.field == "control_version"
     by_epoch = replace(experiment, num_evaluations=None, arguments=experiment.arguments | {"eval_strategy": "epoch"})
     run_matrix(
         by_epoch, build_matrix("sample", ["constant", "reduce_lr_on_plateau"], [1e-3], [0]), tmp_path / "by epoch"

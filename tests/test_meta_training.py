@@ -468,10 +468,19 @@ def test_another_configuration_does_not_go_on_with_what_one_has_made(tmp_path: P
     with pytest.raises(InputError, match=r"states_from=.*was trained on group 1, which is held out here"):
         meta_train(replace(second, num_held_out_groups=2))
     assert not (tmp_path / "second").exists()
+    written = tmp_path / "first" / "config.json"
+    written.write_text(json.dumps(json.loads(written.read_text()) | {"control_version": 3}))
+    with pytest.raises(
+        InputError, match=r"states_from=.*was made with control_version 3, and this is \d+\..*Leave it out"
+    ):
+        meta_train(second)
+    assert not (tmp_path / "second").exists()
     for damaged in ('{"num_groups": 2', "3"):
         (tmp_path / "first" / "config.json").write_text(damaged)
         with pytest.raises(InputError, match=r"output_dir=.*its config\.json.* is damaged.*Restore that file"):
             _keep_configuration(config)
+        with pytest.raises(InputError, match=r"states_from=.*its config\.json.* cannot be read"):
+            meta_train(second)
 
 
 def test_the_last_networks_are_whole_ones(tmp_path: Path) -> None:

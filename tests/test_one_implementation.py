@@ -18,7 +18,7 @@ from conftest import scratch_network
 from torch import nn
 
 from hf_alrs import ALRSConfig, ALRSScheduler, MetaLRNetwork
-from hf_alrs.averaging import LONG_SHARES, RAW_WEIGHTS, choice_size
+from hf_alrs.averaging import CHOICE_PARTS, LONG_SHARES, RAW_WEIGHTS, choice_size
 from hf_alrs.features import FEATURE_NAMES, SIGNALS
 from hf_alrs.meta_training.population import Population, TaskSpec
 from hf_alrs.meta_training.rollout import Rollout, _Probe, rollout
@@ -77,8 +77,8 @@ def product_run(
     )
 
     @torch.no_grad()
-    def loss_on(split: str, size: int | None = None) -> float:
-        inputs, labels = (x[split][0][:size] for x in (population._inputs, population._labels))
+    def loss_on(split: str) -> float:
+        inputs, labels = (x[split][0] for x in (population._inputs, population._labels))
         return float(nn.functional.cross_entropy(model(inputs), labels))
 
     every = T // num_evaluations if num_evaluations else T + 1
@@ -106,7 +106,16 @@ def product_run(
     for share in LONG_SHARES:
         with scheduler.showing(share):
             averages.append(flat_weights(model))
-    scheduler.choose_average(lambda: loss_on("controller", choice_size(T * spec.batch_size)))
+
+    @torch.no_grad()
+    def losses_of_parts() -> list[float]:
+        chosen = (
+            x["controller"][0][: choice_size(T * spec.batch_size)] for x in (population._inputs, population._labels)
+        )
+        parts = zip(*(x.chunk(CHOICE_PARTS) for x in chosen), strict=True)
+        return [float(nn.functional.cross_entropy(model(inputs), labels)) for inputs, labels in parts]
+
+    scheduler.choose_average(losses_of_parts)
     loss = loss_on("eval")
     scheduler.hide_average()
     return scheduler.history, flat_weights(model), averages, loss

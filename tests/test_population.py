@@ -349,40 +349,66 @@ def test_run_fixed_prefers_a_sensible_rate_and_averages():
     assert loss.shape == error.shape == averaged_loss.shape == averaged_error.shape == (3,)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("final_ratio", [0.0, 0.3, 1.0])
-def test_fixed_runs_decay_to_the_final_ratio_and_average_what_they_pass(final_ratio):
+def test_fixed_runs_decay_to_the_final_ratio_and_average_what_they_pass(final_ratio, optimizer):
     """60 steps, 3 of them of warmup: the rate of step s is peak (r + (1 - r) (60 - s) / 57), and 60 updates."""
-    population = Population(TaskSpec(**{**MLP, "num_training_steps": 60}, optimizer="sgd"), 1, 2)
+    population = Population(TaskSpec(**{**MLP, "num_training_steps": 60}, optimizer=optimizer), 1, 2)
     rates = torch.tensor([0.03, 0.3])
     raw, averaged = (population.run_fixed(rates.log(), final_ratio, average)[0].clone() for average in (False, True))
-    population.reset()
-    mean = None
-    for step in range(60):
-        decay = final_ratio + (1 - final_ratio) * min(1.0, (60 - step) / 57)
-        step_once(population, rates * (min(1.0, (step + 1) / 3) * decay), step)
-        share = 17 / (17 + step)
-        weights = population.weights.clone()
-        mean = weights if mean is None else (1 - share) * mean + share * weights
-    torch.testing.assert_close(population.evaluate()[0], raw)
-    torch.testing.assert_close(population.evaluate(weights=mean)[0], averaged, rtol=1e-4, atol=1e-5)
+    for average, beta1 in ((False, 0.9), (True, 0.7)):
+        population.reset()
+        population.beta1 = beta1
+        short = long = None
+        for step in range(60):
+            decay = final_ratio + (1 - final_ratio) * min(1.0, (60 - step) / 57)
+            step_once(population, rates * (min(1.0, (step + 1) / 3) * decay), step)
+            weights = population.weights.clone()
+            short, long = (
+                weights if mean is None else mean + (gamma + 1) / (gamma + 1 + step) * (weights - mean)
+                for mean, gamma in ((short, 16), (long, 1))
+            )
+        if average:
+            torch.testing.assert_close(population.evaluate_chosen([short, long])[0], averaged, rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(population.evaluate()[0], raw)
     assert not torch.equal(raw, averaged)
 
 
 def test_long_fixed_runs_average_at_intervals():
-    """600 steps are 5 an update: the average holds the weights after steps 5, 10, ..., 600 alone."""
+    """600 steps are 5 an update: the averages hold the weights after steps 5, 10, ..., 600 alone."""
     population = Population(TaskSpec(**{**MLP, "num_training_steps": 600}, optimizer="sgd"), 1, 1)
     rates = torch.tensor([0.1])
     expected = population.run_fixed(rates.log(), 1.0, average=True)[0].clone()
     population.reset()
-    mean, count = None, 0
+    means, count = None, 0
     for step in range(600):
         step_once(population, rates * min(1.0, (step + 1) / 30), step)
         if step % 5 == 4:
             weights = population.weights.clone()
-            mean = weights if mean is None else mean + 17 / (17 + count) * (weights - mean)
+            means = means or [weights, weights]
+            means = [m + (g + 1) / (g + 1 + count) * (weights - m) for m, g in zip(means, (16, 1), strict=True)]
             count += 1
     assert count == 120
-    torch.testing.assert_close(population.evaluate(weights=mean)[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(population.evaluate_chosen(means)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_controllers_split_chooses_for_each_member():
+    """By the losses on the first 128 of its examples, in eight parts."""
+    population = Population(TaskSpec(**{**MLP, "num_training_steps": 60}, optimizer="adam"), 1, 6)
+    torch.manual_seed(0)
+    population.weights += 0.3 * torch.randn(population.weights.shape)
+    short, long = (population.weights + 0.3 * torch.randn(population.weights.shape) for _ in range(2))
+    loss, error = population.evaluate_chosen([short, long])
+    shown = [short + share * (long - short) for share in (0.0, 0.5, 1.0, -0.5)] + [population.weights]
+    parts = torch.stack([population._outcomes("controller", x, 128)[0].view(6, 8, 16).mean(2) for x in shown])
+    difference = parts - parts[:1]
+    score = difference.mean(2) + 0.5 * difference.std(2) / math.sqrt(8)
+    outcomes = [population.evaluate(weights=x) for x in shown]
+    for member, best in enumerate(score.argmin(0).tolist()):
+        assert loss[member] == pytest.approx(outcomes[best][0][member].item(), rel=1e-5)
+        assert error[member] == pytest.approx(outcomes[best][1][member].item())
+    assert len(set(score.argmin(0).tolist())) > 1, "they must differ, or this says little"
 
 
 def test_buffers_and_parameter_descriptions():

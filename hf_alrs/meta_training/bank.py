@@ -38,8 +38,9 @@ class Group:
         log_rates (`Tensor` of shape `[grid_size]`): Natural logarithms of the peak rates, evenly spaced.
         loss, error (`Tensor` of shape `[num_tasks, grid_size]`): On the eval split, at the end of a linear decay to 0;
             those of averaged weights where no such runs were made.
-        averaged_loss, averaged_error (`Tensor` of shape `[num_tasks, grid_size]`): The same of averaged weights, at the
-            end of the decay that goes with averaging (see [`ALRSConfig.final_ratio`]).
+        averaged_loss, averaged_error (`Tensor` of shape `[num_tasks, grid_size]`): The same of averaged weights as the
+            controller's split chooses them, at the end of the decay that goes with averaging (see
+            [`ALRSConfig.final_ratio`]), with Adam's beta1 as low as the length of the run has it.
         initial (`list[Tensor]`): Initial weights, `[num_tasks, *shape]` each (pre-training is not run again).
     """
 

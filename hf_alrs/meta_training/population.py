@@ -17,7 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..averaging import GAMMA, update_interval, update_share
+from ..averaging import (
+    CHOICE_PARTS,
+    GAMMA,
+    LONG_GAMMA,
+    LONG_SHARES,
+    RAW_WEIGHTS,
+    choice_size,
+    choose,
+    update_interval,
+    update_share,
+)
+from ..config import ALRSConfig
 from .data import TaskData, make_data
 from .spec import POPULATION_VERSION, TaskSpec, estimate_cost, pool_period, sample_spec
 
@@ -616,22 +627,46 @@ class Population:
             weights (`Tensor`, *optional*): A flat buffer to evaluate instead of `weights`.
             num_examples (`int`, *optional*): At most so many of the split's.
         """
+        losses, wrong = self._outcomes(split, weights, num_examples)
+        loss = torch.nan_to_num(losses.mean(1), nan=MAX_LOSS, posinf=MAX_LOSS).clamp(max=MAX_LOSS)
+        return loss, wrong.mean(1)
+
+    def _outcomes(self, split: str, weights: Tensor | None, num_examples: int | None) -> tuple[Tensor, Tensor]:
+        """Loss of each example and whether it is wrong, `[members, n]` each."""
         flat = self.weights if weights is None else weights
         named = dict(zip(self.parameter_names, self._shaped(flat), strict=True))
         inputs, labels = self._inputs[split][:, :num_examples], self._labels[split][:, :num_examples]
         n = labels.shape[1]
         # Small pieces stay in cache, but batch-norm needs the statistics of the whole split.
         piece = n if self.spec.batch_norm else EVALUATION_PIECE
-        loss = torch.zeros(self.size, device=self.device)
-        error = torch.zeros(self.size, device=self.device)
+        losses, wrong = [], []
         for start in range(0, n, piece):
             x = inputs[:, start : start + piece].repeat_interleave(self.num_members, 0)
             y = labels[:, start : start + piece].repeat_interleave(self.num_members, 0)
             logits = self.network.forward(named, x, lambda x: x)
-            loss += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(self.size, -1).sum(1)
-            error += (logits.argmax(-1) != y).sum(1)
-        loss = torch.nan_to_num(loss / n, nan=MAX_LOSS, posinf=MAX_LOSS).clamp(max=MAX_LOSS)
-        return loss, error / n
+            losses.append(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(self.size, -1))
+            wrong.append((logits.argmax(-1) != y).float())
+        return torch.cat(losses, 1), torch.cat(wrong, 1)
+
+    @torch.no_grad()
+    def evaluate_chosen(self, averages: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """
+        Loss and error of each member at the end of a run; where there are two averages, of the weights that the controller's
+        split chooses.
+
+        Args:
+            averages (`list[Tensor]`): Flat buffers: none, the short average, or that and the long one.
+        """
+        if len(averages) < 2:
+            return self.evaluate(weights=averages[0] if averages else None)
+        mixes = [None if share == RAW_WEIGHTS else torch.lerp(*averages, share) for share in LONG_SHARES]
+        size = choice_size(self.spec.num_training_steps * self.spec.batch_size)
+        losses = [self._outcomes("controller", mix, size)[0] for mix in mixes]
+        parts = torch.stack([torch.stack([x.mean(1) for x in loss.chunk(CHOICE_PARTS, 1)]) for loss in losses])
+        chosen = torch.from_numpy(choose(parts.double().cpu().numpy()))[None].to(self.device)
+        outcomes = [self.evaluate(weights=mix) for mix in mixes]
+        loss, error = (torch.stack(values).gather(0, chosen)[0] for values in zip(*outcomes, strict=True))
+        return loss, error
 
     @torch.no_grad()
     def update_average(self, average: Tensor, num_updates: np.ndarray, gamma: int = GAMMA) -> None:
@@ -657,7 +692,8 @@ class Population:
         Args:
             log_lr (`Tensor`): Natural logarithm of the peak rate of each member.
             final_ratio (`float`, *optional*, defaults to 0): Rate at the end of the decay over the peak rate.
-            average (`bool`, *optional*, defaults to `False`): Whether to evaluate averaged weights.
+            average (`bool`, *optional*, defaults to `False`): Whether to evaluate averaged weights, with their choice and with
+                beta1 as the product has them.
 
         Returns:
             `tuple[Tensor, Tensor]`: Loss and error on the eval split.
@@ -665,15 +701,17 @@ class Population:
         total = self.spec.num_training_steps
         warmup = max(1, int(WARMUP_SHARE * total))
         peak = log_lr.to(self.device).exp()
-        averaged, num_updates = self.initial_weights.clone() if average else None, np.zeros(self.size)
+        averages = [(self.initial_weights.clone(), gamma) for gamma in ((GAMMA, LONG_GAMMA) if average else ())]
+        num_updates = np.zeros(self.size)
         self.reset()
-        self.beta1 = MOMENTUM
+        self.beta1 = min(MOMENTUM, ALRSConfig().highest_beta1(total)) if average else MOMENTUM
         for step in range(total):
             decay = min(1.0, (total - step) / (total - warmup))
             factor = min(1.0, (step + 1) / warmup) * (final_ratio + (1.0 - final_ratio) * decay)
             self.loss_and_gradient(step)
             self.optimizer_step(peak * factor)
-            if averaged is not None and (step + 1) % update_interval(total) == 0:
-                self.update_average(averaged, num_updates)
+            if averages and (step + 1) % update_interval(total) == 0:
+                for mean, gamma in averages:
+                    self.update_average(mean, num_updates, gamma)
                 num_updates += 1
-        return self.evaluate(weights=averaged)
+        return self.evaluate_chosen([mean for mean, _ in averages])

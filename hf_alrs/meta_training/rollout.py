@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..averaging import GAMMA, LONG_GAMMA, LONG_SHARES, RAW_WEIGHTS, choice_size, update_interval
+from ..averaging import GAMMA, LONG_GAMMA, update_interval
 from ..config import ALRSConfig, steps_of
 from ..controller import WARM_DECISIONS, control, decay, decision_interval_of
 from ..features import (
@@ -241,7 +241,7 @@ def rollout(
         if (step + 1) % evaluate_every == 0:
             eval_loss, eval_error = population.evaluate("controller", averages[0][0] if averages else None)
             state = update_evaluation(state, eval_loss.double().cpu().numpy(), 1.0 - eval_error.double().cpu().numpy())
-    loss, error = _final_evaluation(population, [average for average, _ in averages])
+    loss, error = population.evaluate_chosen([average for average, _ in averages])
     empty = not kept
     return Rollout(
         features=np.zeros((0, size, 0)) if empty else np.stack([k[0] for k in kept]).astype(np.float32),
@@ -251,15 +251,3 @@ def rollout(
         error=error,
         restarts=restarts,
     )
-
-
-def _final_evaluation(population: Population, averages: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss and error of each member; where there are two averages, of the weights that do best on the controller's split."""
-    if len(averages) < 2:
-        return population.evaluate(weights=averages[0] if averages else None)
-    mixes = [None if share == RAW_WEIGHTS else torch.lerp(*averages, share) for share in LONG_SHARES]
-    size = choice_size(population.spec.num_training_steps * population.spec.batch_size)
-    chosen = torch.stack([population.evaluate("controller", mix, size)[0] for mix in mixes]).argmin(0, keepdim=True)
-    outcomes = [population.evaluate(weights=mix) for mix in mixes]
-    loss, error = (torch.stack(values).gather(0, chosen)[0] for values in zip(*outcomes, strict=True))
-    return loss, error

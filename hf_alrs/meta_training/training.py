@@ -48,6 +48,12 @@ _BEYOND_GRID = 0.1
 _CONFIGURATION = "config.json"
 _STATE_FILE = re.compile(r"round(\d+)-(\d+)\.pt")
 _NETWORK_FOLDER = re.compile(r"network-round(\d+)-[\d-]+")
+# What states were visited and labelled under
+_VERSIONS = {
+    "population_version": POPULATION_VERSION,
+    "feature_version": FEATURE_VERSION,
+    "control_version": CONTROL_VERSION,
+}
 # What a configuration calls the parts of the population
 _PARTS = {"": "standard"} | {name: name for name in ("long", "extended", "short", "large", "brief")}
 
@@ -499,13 +505,14 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
 
     Raises:
         `InputError`: If what lies in `output_dir` was made with another configuration, or an earlier run of
-            `states_from` was trained on a group that is held out here.
+            `states_from` was trained on a group that is held out here, or made with other versions.
     """
     report_progress = progress or (lambda stage, done, total: None)
     output = Path(config.output_dir)
     bank, visited = output / "bank", output / "states"
     held_out = [seed for seeds in config.held_out_seeds.values() for seed in seeds]
     _refuse_trained_on(held_out, config.states_from)
+    _refuse_other_versions(config.states_from)
     visited.mkdir(parents=True, exist_ok=True)
     _keep_configuration(config)
     seeds = [*held_out, *config.train_seeds]
@@ -534,12 +541,7 @@ def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> di
             last = round_index == config.num_rounds - 1
             policy = _fit_round(config, round_index, visited, config.hidden_sizes if last else config.hidden_sizes[:1])
             report_progress(f"fit {round_index}", 1, 1)
-    report: dict[str, object] = {
-        "config": asdict(config),
-        "feature_version": FEATURE_VERSION,
-        "population_version": POPULATION_VERSION,
-        "control_version": CONTROL_VERSION,
-    }
+    report: dict[str, object] = {"config": asdict(config)} | _VERSIONS
     for sizes, folder in zip(config.hidden_sizes, _final_networks(config, report_progress), strict=True):
         name = "-".join(map(str, sizes))
         tables = {}
@@ -568,8 +570,7 @@ def _write_whole(content: dict[str, object], path: Path) -> None:
 
 def _keep_configuration(config: MetaTrainingConfig) -> None:
     """Writes the configuration beside what is made with it; another one would find that and take it for its own."""
-    versions = {"population": POPULATION_VERSION, "feature": FEATURE_VERSION, "control": CONTROL_VERSION}
-    ours = asdict(config) | {f"{name}_version": version for name, version in versions.items()}
+    ours = asdict(config) | _VERSIONS
     for name in ("output_dir", "num_workers"):
         del ours[name]
     path = Path(config.output_dir) / _CONFIGURATION
@@ -601,6 +602,21 @@ def _refuse_trained_on(held_out: Sequence[int], states_from: Sequence[str]) -> N
         if shown := sorted(seeds.intersection(held_out)):
             rule = f"was trained on group {shown[0]}, which is held out here to judge."
             raise InputError("states_from", folder, rule, "Leave it out, or hold out as many groups as that run did.")
+
+
+def _refuse_other_versions(states_from: Sequence[str]) -> None:
+    """Keeps out states whose features or labels are those of another population, or of another control law."""
+    for folder in states_from:
+        path = Path(folder) / _CONFIGURATION
+        try:
+            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            rule = f"its {path.name}, which says what it was made with, cannot be read ({error})."
+            raise InputError("states_from", folder, rule, "Restore that file, or leave the folder out.") from error
+        for name, version in _VERSIONS.items():
+            if theirs.get(name) != version:
+                rule = f"was made with {name} {theirs.get(name)!r}, and this is {version!r}."
+                raise InputError("states_from", folder, rule, "Leave it out, or make it again.")
 
 
 def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> dict[str, str]:

@@ -597,7 +597,7 @@ def test_the_controllers_split_is_evaluated_during_training(
         weights.append(weights_of(trainer.model))
         assert not any("eval_controller_loss" in entry for entry in trainer.state.log_history)
         # 24 steps of 8 are few: the least sample
-        assert list(trainer._controller_loaders) == ([64] if number else [])
+        assert [size for size, *_ in trainer._controller_loaders] == ([64] if number else [])
     # The counter runs before the callback that evaluates: it sees an evaluation one step later.
     assert counts[4] == [0.0] * 6 + [1.0] * 6 + [2.0] * 6 + [3.0] * 6
     assert set(counts[0]) == {0.0}

@@ -409,9 +409,8 @@ class ALRSTrainer(Trainer):
         self.alrs_callback = ALRSCallback(self.alrs_config)
         self.alrs_callback.told_losses = True
         self.alrs_callback.forward_batch = self._forward_batch
-        self._controller_loaders: dict[
-            tuple[int, int, bool], Any
-        ] = {}  # by the numbers of examples, in all and in a batch
+        # By the numbers of examples, in all and in a batch, and whether they keep their order
+        self._controller_loaders: dict[tuple[int, int, bool], Any] = {}
         self._keeps_order = False  # of the examples, in evaluations that choose the average
         self._num_batches: int | None = None
         self.add_callback(self.alrs_callback)

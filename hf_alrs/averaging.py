@@ -8,6 +8,9 @@ on; the averaged ones are evaluated, saved, and left in the model at the end.
 A second average may be kept, of nearly all of the run (gamma = 1), which is the better one where the rate is too high or the
 training overfits. Where the training is far from done, the way from the long average to the short one leads on beyond the
 latter, or the raw weights are the better ones. Which of these is told by a split that is held out.
+
+`torch.optim.swa_utils.AveragedModel` is a module beside the trained one. Here the average goes into the trained module itself for
+an evaluation and out of it again, is kept for trained weights alone and in single precision, and is a part of a scheduler's state.
 """
 
 from __future__ import annotations
@@ -46,12 +49,12 @@ _UPDATES = 128
 
 
 def update_interval(num_training_steps: int) -> int:
-    """Optimizer steps between updates of the average."""
+    """Optimizer steps from one update of the average to the next, in a run of `num_training_steps`."""
     return max(1, math.ceil(num_training_steps / _UPDATES))
 
 
 def update_share(num_updates: int | np.ndarray, gamma: int = GAMMA) -> float | np.ndarray:
-    """Weight of the newest weights, (gamma + 1) / (k + gamma + 1) after k updates: 1 for the first."""
+    """Weight of the newest weights after k updates, (gamma + 1) / (k + gamma + 1) (Shamir and Zhang, 2013): 1 for the first."""
     return (gamma + 1) / (num_updates + gamma + 1)
 
 

@@ -64,7 +64,7 @@ AVERAGED_FINAL_LR_RATIO = 0.3
 # than 0.3, and that than less; from 100 steps on 0.5 was worse than 0.3, and 0.15 as good.
 SHORT_FINAL_LR_RATIO, _SHORT_STEPS = 0.7, (35, 100)
 # The average smooths what momentum is there to smooth, and does it without the lag, which is what a short run cannot afford. On
-# synthetic tasks 0.7 was better than 0.9 and 0.8, and 0.5 as good on the whole and much worse in a few groups. In runs of more
+# synthetic tasks 0.7 was better than 0.9, 0.8 no better than 0.7, and 0.5 as good on the whole and much worse in a few groups. In runs of more
 # than 300 steps the gain is small and not sure: the longer the run, the more of the optimizer's own stays.
 SHORT_MAX_BETA1, _MOMENTUM_SHARE = 0.7, 0.01
 
@@ -375,8 +375,9 @@ class ALRSConfig:
 
     def final_ratio(self, num_training_steps: int) -> float:
         """
-        `final_lr_ratio`, with its default resolved: 0 without averaging; with it 0.3 from 100 steps on, 0.7 up to 35, and a line
-        in ln(steps) between.
+        Rate at the end of the decay over that at its beginning, in a run of `num_training_steps` optimizer steps:
+        `final_lr_ratio`, with its default resolved. Without averaging 0; with it 0.3 from 100 steps on, 0.7 up to 35, and a line in
+        ln(steps) between.
         """
         if self.final_lr_ratio is not None:
             return self.final_lr_ratio
@@ -388,8 +389,9 @@ class ALRSConfig:
 
     def highest_beta1(self, num_training_steps: int) -> float:
         """
-        `max_beta1`, with its default resolved: 1 without averaging, which smooths in the place of momentum; with it
-        `1 - 100 / num_training_steps`, and at least 0.7.
+        What Adam's beta1 is lowered to, where it is higher, in a run of `num_training_steps` optimizer steps: `max_beta1`, with
+        its default resolved. Without averaging, which smooths in the place of momentum, 1; with it `1 - 100 / num_training_steps`,
+        and at least 0.7.
         """
         if self.max_beta1 is not None:
             return self.max_beta1

@@ -114,8 +114,14 @@ class ALRSScheduler(LRScheduler):
             `step` (1 for the first), `loss`, `grad_norm`, `learning_rate`, `phase`; at decisions also `features`,
             `log_multiplier`, `correction`, `action`, `guard`, `meta_loss` and `network_change`.
         seconds (`float`): Time spent in the controller so far.
+        num_choices (`int`): Choices of the average so far.
+        controller ([`~hf_alrs.controller.ALRSController`]): The control law and its state.
         batch_norm ([`~hf_alrs.batch_norm.BatchNormStatistics`], *optional*): Asked for batch-norm's statistics whenever
             averaged weights are put into the model. [`ALRSCallback`] sets it; a loop of your own may.
+
+    Raises:
+        `InputError`: If `config` is no [`ALRSConfig`], a parameter group has no rate, or the optimizer has no parameter that is
+            trained; and as [`~hf_alrs.controller.ALRSController`] does, for numbers of steps that make no sense.
     """
 
     def __init__(
@@ -266,6 +272,10 @@ class ALRSScheduler(LRScheduler):
         """
         Takes an evaluation on the controller's split (never on the split that is reported). In several processes the mean
         of those that tell one is what all decide from.
+
+        Args:
+            loss (`float`): Mean loss of the split's examples.
+            accuracy (`float`, *optional*): Share of them that is right, from 0 to 1.
         """
         if _are_several_processes():  # which might have measured different things, or one alone
             known = float(self.controller.state.eval_accuracy)
@@ -336,6 +346,9 @@ class ALRSScheduler(LRScheduler):
 
         Args:
             signals (`torch.Tensor` of shape `[len(SIGNALS)]`, *optional*): Read along, in the same exchange.
+
+        Returns:
+            `dict[str, float]`: The signals by their names; empty without them.
         """
         device = self._recorder.device
         with_loss = [i for i, entry in enumerate(self._pending) if entry[2] is not None]

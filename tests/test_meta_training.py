@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,13 @@ import torch
 from conftest import network_saying
 from torch.nn import functional as F
 
+from hf_alrs import meta_training
 from hf_alrs.config import InputError
 from hf_alrs.features import FEATURE_NAMES
 from hf_alrs.meta_training import training
 from hf_alrs.meta_training.bank import Group, group_path, load_group, run_group, save_group
 from hf_alrs.meta_training.command import meta_evaluate_command, read_config
-from hf_alrs.meta_training.evaluation import summarize
+from hf_alrs.meta_training.evaluation import evaluate_group, summarize
 from hf_alrs.meta_training.population import Population
 from hf_alrs.meta_training.spec import TaskSpec, sample_spec
 from hf_alrs.meta_training.training import (
@@ -33,7 +38,7 @@ from hf_alrs.meta_training.training import (
     regret_at,
     visit,
 )
-from hf_alrs.network import MetaLRNetwork
+from hf_alrs.network import MetaLRNetwork, load_network
 
 
 @pytest.fixture
@@ -235,6 +240,22 @@ def test_brief_groups_are_large_ones_in_few_steps() -> None:
     assert not any(spec.data == "sequence" and not spec.pretrained for spec in specs)
 
 
+def test_batch_groups_have_large_and_accumulated_batches_and_any_decay() -> None:
+    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_batch_groups=2,
+                                num_held_out_batch_groups=1, seed=5)  # fmt: skip
+    assert list(config.held_out_seeds["batch"]) == [600_005]
+    assert config.train_seeds == [6, 600_006, 600_007]
+    assert config.size_of(600_006) == (2, 24.0)
+    specs = [sample_spec(seed, 24.0) for seed in range(600_000, 600_200)]
+    assert {spec.kind for spec in specs} == {"mlp", "conv", "bag", "rnn", "attention"}
+    assert {spec.batch_size for spec in specs} == {128, 256, 512}
+    assert {spec.gradient_accumulation_steps for spec in specs} == {1, 2, 4, 8}
+    decays = {(spec.optimizer, spec.weight_decay) for spec in specs}
+    assert {("adamw", 0.0), ("adamw", 0.1), ("adam", 0.0), ("adam", 5e-4), ("sgd", 0.0), ("sgd", 5e-4)} <= decays
+    assert all(40 <= spec.num_training_steps <= 400 for spec in specs)
+    assert all(spec.num_training_steps * spec.batch_size / spec.num_examples <= 101 for spec in specs)
+
+
 @pytest.mark.parametrize(("depth", "size"), [(4, 12), (6, 8), (7, 8), (12, 12)])
 def test_deep_conv_nets_halve_their_images_three_times_in_all(depth: int, size: int) -> None:
     spec = TaskSpec(seed=0, kind="conv", data="images", num_training_steps=2, batch_size=4, num_examples=8,
@@ -375,7 +396,7 @@ def test_a_network_is_judged_on_seeds_of_ones_choice_and_nothing_twice(tmp_path:
         meta_evaluate_command([*arguments, "--max_cost", "0.5"], dict)
     with pytest.raises(InputError, match="of two parts of the population"):
         meta_evaluate_command([*arguments, "--first_seed", "99999"], dict)
-    with pytest.raises(InputError, match="seeds from 0 to 599,999"):
+    with pytest.raises(InputError, match="seeds from 0 to 699,999"):
         meta_evaluate_command([*arguments, "--first_seed", str(10**20)], dict)
 
     meta_evaluate_command([*arguments, "--no_choose_average"], dict)
@@ -418,9 +439,9 @@ def test_a_bad_configuration_names_what_is_wrong(tmp_path: Path) -> None:
     for line, match in (
         ("earlier_networks: [nowhere]", "earlier_networks='nowhere'"),
         ("earlier_shares: {short: 2}", r"earlier_shares=\{'short': 2\}.*from 0 to 1"),
-        ("earlier_shares: {quick: 0.5}", "standard, long, extended, short, large, brief"),
+        ("earlier_shares: {quick: 0.5}", "standard, long, extended, short, large, brief, batch"),
         ("part_weights: {large: -1}", r"part_weights=\{'large': -1\}.*at least 0"),
-        ("part_weights: {wide: 2}", "part_weights=.*standard, long, extended, short, large, brief"),
+        ("part_weights: {wide: 2}", "part_weights=.*standard, long, extended, short, large, brief, batch"),
         ("batch_size: 0", "batch_size=0"),
         ("num_distillation_iterations: 0", "num_distillation_iterations=0"),
         ("num_workers: 0", "num_workers=0"),
@@ -518,6 +539,40 @@ def test_an_earlier_network_drives_the_first_round(tmp_path: Path) -> None:
     expected = visit(group, earlier, 2, 1)
     torch.testing.assert_close(states.log_rates, expected.log_rates)
     assert not torch.equal(expected.log_rates, visit(group, None, 2, 1).log_rates)
+
+
+@pytest.mark.slow
+def test_the_small_configuration_ends_after_an_interruption(tmp_path: Path) -> None:
+    """As a person runs it: stopped in the second round, the same command goes on, and its network drives a run."""
+    path = Path(meta_training.__file__).parent / "small.yaml"
+    command = [sys.executable, "-m", "hf_alrs.cli", "meta-train", "--config", str(path)]
+    start = time.monotonic()
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as first:
+        for line in first.stdout:
+            if "fit 0: 1 of 1" in line:
+                first.send_signal(signal.SIGINT)
+    assert first.returncode != 0
+    output = tmp_path / "outputs" / "meta-training-small"
+    assert not (output / "report.json").exists()
+    states = {file: file.stat().st_mtime_ns for file in (output / "states").glob("round0-*.pt")}
+    assert len(states) == 52
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "bank: 68 of 68" in again.stdout and "round 1: 52 of 52" in again.stdout
+    assert states == {file: file.stat().st_mtime_ns for file in states}, "finished work is found again"
+    print(f"{time.monotonic() - start:.0f} s\n{again.stdout}")
+
+    report = json.loads((output / "report.json").read_text())
+    for name in ("64-32", "64-64"):
+        assert sorted(file.name for file in (output / name).iterdir()) == [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+        ]
+        assert report[name]["mean_regret"] < 0.5, "1 is what a uniform guess has"
+        assert f"mean {report[name]['mean_regret']:.4f}" in (output / name / "README.md").read_text()
+    network = load_network(str(output / "64-32"), (64, 32), 0)
+    outcome = evaluate_group(load_group(group_path(output / "bank", 0)), network)
+    assert np.isfinite(outcome["regret"]).all()
 
 
 @pytest.mark.slow

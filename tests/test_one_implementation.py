@@ -83,10 +83,11 @@ def product_run(
 
     every = T // num_evaluations if num_evaluations else T + 1
     for step in range(T):
-        inputs, labels = (x[0] for x in population._batch(step))
-        loss = nn.functional.cross_entropy(model(inputs), labels)
-        scheduler.observe(loss=loss)
-        loss.backward()
+        num_parts = spec.gradient_accumulation_steps
+        for inputs, labels in zip(*(x[0].chunk(num_parts) for x in population._batch(step)), strict=True):
+            loss = nn.functional.cross_entropy(model(inputs), labels)
+            scheduler.observe(loss=loss)
+            (loss / num_parts).backward()
         if spec.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
         optimizer.step()
@@ -162,6 +163,7 @@ CASES = {
     "adamw with decay": ({"optimizer": "adamw", "weight_decay": 0.05}, 1e-3, 0),
     "momentum with clipping": ({"optimizer": "sgdm", "weight_decay": 1e-3, "clip_norm": 0.5}, 3e-3, 8),
     "sgd": ({"optimizer": "sgd"}, 1e-2, 0),
+    "sgd, accumulated": ({"optimizer": "sgd", "gradient_accumulation_steps": 4, "weight_decay": 1e-3}, 1e-2, 0),
     "adam, far too high": ({"optimizer": "adam"}, 0.5, 8),
     "momentum, far too high": ({"optimizer": "sgdm", "activation": "relu"}, 0.6, 0),
     # less momentum than 0.9, more than in a short run

@@ -283,6 +283,25 @@ def test_a_post_norm_transformer_with_separate_projections_and_a_pooler_is_bert(
     assert sum(population.is_matrix) == len(trained) - 1
 
 
+def test_accumulated_parts_are_the_batch_but_for_batch_norm():
+    for fields, equal in ((MLP, True), (ATTENTION, True), ({**MLP, "batch_norm": True}, False), (CONV, False)):
+        fields = {**fields, "batch_size": 16, "dropout": 0.0}
+        whole, parts = (
+            Population(TaskSpec(**fields, optimizer="sgd", gradient_accumulation_steps=k), 1, 2) for k in (1, 4)
+        )
+        losses = [population.loss_and_gradient(0) for population in (whole, parts)]
+        assert (losses[0] - losses[1]).abs().max() < (1e-5 if equal else 1.0)
+        difference = (whole.gradients - parts.gradients).abs().max() / whole.gradients.abs().max()
+        assert difference < 1e-4 if equal else difference > 1e-2, (fields["kind"], difference)
+    # Each part has the statistics of its own four examples
+    inputs, labels = parts._batch(0)
+    first = parts.network.forward(parts._leaves, inputs[:, :4].repeat_interleave(2, 0), lambda x: x)
+    rest = [parts.network.forward(parts._leaves, x.repeat_interleave(2, 0), lambda x: x) for x in inputs.chunk(4, 1)]
+    assert torch.equal(first, rest[0])
+    expected = [F.cross_entropy(x[0], y[0]) for x, y in zip(rest, labels.chunk(4, 1), strict=True)]
+    torch.testing.assert_close(losses[1][0], torch.stack(expected).mean().detach())
+
+
 def test_restart_touches_only_the_mask():
     population = Population(TaskSpec(**MLP, optimizer="adam"), 2, 2)
     rates = torch.full((4,), 1e-2)

@@ -441,6 +441,7 @@ class Population:
             num_classes=data.num_upstream_classes,
             num_training_steps=spec.upstream_steps,
             batch_size=32,
+            gradient_accumulation_steps=1,
             optimizer="adam",
             weight_decay=0.0,
             clip_norm=1.0,
@@ -548,17 +549,22 @@ class Population:
         Returns:
             `Tensor`: The training loss of each member, as it is; where a gradient is not finite it is 0 instead.
         """
-        inputs, labels = self._batch(step)
+        num_parts = self.spec.gradient_accumulation_steps
         if self.spec.dropout:
             self._mask_generator.manual_seed(self.spec.seed * 1_000_003 + step)
         self.gradients.zero_()
-        logits = self.network.forward(self._leaves, inputs.repeat_interleave(self.num_members, 0), self._dropout)
-        labels = labels.repeat_interleave(self.num_members, 0)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(self.size, -1).mean(1)
-        loss.sum().backward()
+        total = torch.zeros(self.size, device=self.device)
+        for inputs, labels in zip(*(x.chunk(num_parts, 1) for x in self._batch(step)), strict=True):
+            logits = self.network.forward(self._leaves, inputs.repeat_interleave(self.num_members, 0), self._dropout)
+            labels = labels.repeat_interleave(self.num_members, 0)
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(self.size, -1).mean(1)
+            )
+            (loss.sum() / num_parts).backward()
+            total += loss.detach() / num_parts
         if not bool(torch.isfinite(self.gradients.sum())):
             self.gradients.nan_to_num_(0.0, 0.0, 0.0)
-        return loss.detach()
+        return total
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:

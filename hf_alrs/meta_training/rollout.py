@@ -1,8 +1,8 @@
 """
 Runs of a population under the network's control, through the same features and the same control law as the product.
 
-What differs from [`hf_alrs.scheduler.ALRSScheduler`] is only where the inner products come from: here from whole flat
-buffers of many members at once.
+The inner products come from whole flat buffers of many members at once. The network stays as it is (no phase 2, no feedback
+loop), there are no probes and no warmup, and no guard beside what the control law says of losses that are not finite.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import InputError
 
 
+# Raised where a seed gives another group than before
 POPULATION_VERSION = 7
 
 # Held-out examples of every task: the first part is what a controller may look at, the second one judges runs.
@@ -63,8 +64,15 @@ BRIEF_KINDS = {"mlp": 0.2, "conv": 0.6, "attention": 0.2}
 BRIEF_MIN_STEPS, BRIEF_MAX_STEPS = 20, 80
 BRIEF_PRETRAINED_SHARE = {"mlp": 0.0, "conv": 0.0, "attention": 0.5}
 _WIDE = ("large", "brief")
+# Seeds from here on draw large batches, half of them accumulated from several, and weight decay without AdamW or AdamW without it,
+# at rates of gradient noise that the costs of a step keep the others from.
+BATCH_SEED = 600_000
+BATCH_KINDS = {"mlp": 0.34, "conv": 0.22, "bag": 0.16, "rnn": 0.10, "attention": 0.18}
+BATCH_MIN_STEPS, BATCH_MAX_STEPS = 40, 400
+BATCH_PRETRAINED_SHARE = {"mlp": 0.2, "conv": 0.2, "bag": 0.2, "rnn": 0.3, "attention": 0.7}
+BATCH_SMALLEST = 128
 # As many as each part has
-END_OF_SEEDS = 600_000
+END_OF_SEEDS = 700_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ class TaskSpec:
         data (`str`): The data: `"digits"`, `"teacher"`, `"images"`, `"topics"` or `"sequence"`.
         num_training_steps (`int`): Length T of a run.
         batch_size (`int`): Examples a step.
+        gradient_accumulation_steps (`int`):
+            Parts of a batch that go through the model one after the other: batch-norm takes each by itself.
         num_examples (`int`): Training examples; with the two fields above it sets the number of epochs.
         optimizer (`str`): `"adam"`, `"adamw"`, `"sgdm"` (momentum 0.9) or `"sgd"`.
         weight_decay (`float`):
@@ -98,7 +108,7 @@ class TaskSpec:
         pooler (`bool`): A dense layer with tanh between a transformer and its head, as BERT has.
         cell (`str`), bidirectional (`bool`): Recurrent nets, `"gated"` or `"lstm"`.
         num_classes (`int`): Classes of the task.
-        label_noise (`float`): Share of random labels, in all splits.
+        label_noise (`float`): Each task draws its share of random labels, in all splits, from 0 to 1.5 times this, at most 0.25.
         imbalance (`float`): Log ratio between the priors of the most and the least frequent class.
         modes (`int`): Latent classes (image templates, token topics) behind each label.
         input_dim (`int`), input_power (`float`), temperature (`float`): Teacher data.
@@ -131,6 +141,7 @@ class TaskSpec:
     optimizer: str
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    gradient_accumulation_steps: int = 1
     hidden: int = 32
     depth: int = 2
     activation: str = "relu"
@@ -179,8 +190,9 @@ class TaskSpec:
 
 
 def family_of(seed: int) -> str:
-    """Which part of the population a seed draws from: `""`, `"long"`, `"extended"`, `"short"`, `"large"` or `"brief"`."""
+    """Which part of the population a seed draws from: `""`, `"long"`, `"extended"`, `"short"`, `"large"`, `"brief"` or `"batch"`."""
     starts = {
+        "batch": BATCH_SEED,
         "brief": BRIEF_SEED,
         "large": LARGE_SEED,
         "short": SHORT_SEED,
@@ -197,7 +209,8 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
     Args:
         seed (`int`): The same seed and `max_cost` always give the same spec. Seeds from 100,000 on give long runs,
             most of them from pretrained weights; those from 200,000 on give many epochs, those from 300,000 on a few
-            dozen steps, those from 400,000 on wide and deep models, and those from 500,000 on the same in a few dozen steps.
+            dozen steps, those from 400,000 on wide and deep models, those from 500,000 on the same in a few dozen steps, and those
+            from 600,000 on large batches.
         max_cost (`float`, *optional*):
             Bound on [`estimate_cost`]. A spec above it gets fewer steps, then smaller batches, then a transformer
             gets narrower, unless it is to be wide; if that is not enough, another spec of the same kind is drawn, so that the bound leaves
@@ -213,12 +226,14 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
         "short": SHORT_KINDS,
         "large": LARGE_KINDS,
         "brief": BRIEF_KINDS,
+        "batch": BATCH_KINDS,
     }[family]
     fewest_steps = {
         "extended": EXTENDED_MIN_STEPS,
         "short": SHORT_MIN_STEPS,
         "large": LARGE_MIN_STEPS,
         "brief": BRIEF_MIN_STEPS,
+        "batch": BATCH_MIN_STEPS,
     }.get(family, MIN_STEPS)
     kind = r.choices(list(kinds), list(kinds.values()))[0]
     for _ in range(1000):
@@ -226,7 +241,8 @@ def sample_spec(seed: int, max_cost: float | None = None) -> TaskSpec:
         _draw_details(details, fields)
         if max_cost is None:
             return _with_examples(fields)
-        for change in ({}, {"batch_size": 8}, {"hidden": 16, "embedding_dim": 16, "feedforward": 2, "heads": 2}):
+        smaller = BATCH_SMALLEST if family == "batch" else 8
+        for change in ({}, {"batch_size": smaller}, {"hidden": 16, "embedding_dim": 16, "feedforward": 2, "heads": 2}):
             if "hidden" in change and (kind != "attention" or family in _WIDE):
                 continue
             fields.update(change)
@@ -273,6 +289,7 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         "short": SHORT_PRETRAINED_SHARE,
         "large": LARGE_PRETRAINED_SHARE,
         "brief": BRIEF_PRETRAINED_SHARE,
+        "batch": BATCH_PRETRAINED_SHARE,
     }[family]
     pretrained = r.random() < shares[kind]
     if kind == "attention" and pretrained and r.random() < 0.5:
@@ -286,7 +303,7 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
     }[kind]
     if kind == "mlp" and data == "topics":
         data = "teacher"  # an MLP on tokens is an embedding bag
-    if family in ("short", "brief") and data == "sequence" and not pretrained:
+    if family in ("short", "brief", "batch") and data == "sequence" and not pretrained:
         data = "topics"  # no order of tokens is learnt from scratch in so few steps
     tokens = data in ("topics", "sequence")
     fields: dict[str, Any] = {
@@ -369,10 +386,12 @@ def _draw(r: random.Random, seed: int, kind: str) -> dict[str, Any]:
         _draw_large(r, fields)
     if family == "brief":
         _draw_brief(r, fields)
+    if family == "batch":
+        _draw_batch(r, fields)
     if family != "" and pretrained:
         fields["epochs"] = _log_uniform(r, 1, 4)
         fields["num_upstream"] = 8000
-        upstream_steps = (300, 700) if family in ("short", *_WIDE) else (500, 2400)
+        upstream_steps = (300, 700) if family in ("short", "batch", *_WIDE) else (500, 2400)
         fields["upstream_steps"] = int(_log_uniform(r, *upstream_steps))
         fields["upstream_same"] = r.random() < 0.6
         fields["head_std"] = r.choice([0.0, 0.02])
@@ -426,6 +445,16 @@ def _draw_brief(r: random.Random, fields: dict[str, Any]) -> None:
         fields["hidden"] = int(_log_uniform(r, 16, 64))
         if fields["seed"] % 2:  # as deep as ResNet-18: the deeper, the more the best update shrinks in so few steps
             fields["depth"], fields["residual"] = r.choice([14, 16, 18, 20]), True
+
+
+def _draw_batch(r: random.Random, fields: dict[str, Any]) -> None:
+    """Makes batches large, accumulates half of them, and gives weight decay to any optimizer or to none."""
+    fields["num_training_steps"] = int(_log_uniform(r, BATCH_MIN_STEPS, BATCH_MAX_STEPS))
+    fields["epochs"] = _log_uniform(r, 1, 60)
+    # The digits are too few for larger ones, and fewer still where classes are imbalanced
+    fields["batch_size"] = BATCH_SMALLEST if fields["data"] == "digits" else r.choice([BATCH_SMALLEST, 256, 256, 512])
+    fields["gradient_accumulation_steps"] = r.choice([1, 1, 1, 2, 4, 8])
+    fields["weight_decay"] = r.choice([0.0, 0.01, 0.1] if fields["optimizer"] == "adamw" else [0.0, 1e-4, 5e-4])
 
 
 def _draw_model(r: random.Random, fields: dict[str, Any]) -> None:

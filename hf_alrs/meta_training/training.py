@@ -34,7 +34,16 @@ from .bank import Group, fill_bank, group_path, load_group, load_stored
 from .evaluation import NothingLearntError, evaluate_held_out, init_worker
 from .population import GRID_SIZE
 from .rollout import rollout
-from .spec import BRIEF_SEED, EXTENDED_SEED, LARGE_SEED, LONG_SEED, POPULATION_VERSION, SHORT_SEED, family_of
+from .spec import (
+    BATCH_SEED,
+    BRIEF_SEED,
+    EXTENDED_SEED,
+    LARGE_SEED,
+    LONG_SEED,
+    POPULATION_VERSION,
+    SHORT_SEED,
+    family_of,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +64,7 @@ _VERSIONS = {
     "control_version": CONTROL_VERSION,
 }
 # What a configuration calls the parts of the population
-_PARTS = {"": "standard"} | {name: name for name in ("long", "extended", "short", "large", "brief")}
+_PARTS = {"": "standard"} | {name: name for name in ("long", "extended", "short", "large", "brief", "batch")}
 
 
 @dataclass
@@ -66,13 +75,14 @@ class MetaTrainingConfig:
     Args:
         output_dir (`str`): Bank, aggregated states and networks; a run that finds them there goes on.
         num_groups (`int`): Task groups to train on.
-        num_held_out_groups (`int`): Further groups that judge and choose, never trained on.
+        num_held_out_groups (`int`): Further groups that judge the networks, never trained on.
         num_long_groups, num_held_out_long_groups (`int`): The same for groups of long runs; they cost several times as
             much. The held-out ones are judged in a table of their own.
         num_extended_groups, num_held_out_extended_groups (`int`): The same for groups of many epochs.
         num_short_groups, num_held_out_short_groups (`int`): The same for groups of a few dozen steps.
         num_large_groups, num_held_out_large_groups (`int`): The same for groups of wide and deep models.
         num_brief_groups, num_held_out_brief_groups (`int`): The same for groups of wide and deep models in a few dozen steps.
+        num_batch_groups, num_held_out_batch_groups (`int`): The same for groups with large and accumulated batches.
         num_tasks, num_long_tasks, num_large_tasks (`int`): Tasks of a group, which share shapes but not data and initial
             weights; the last one is for wide and deep models, in a few dozen steps as well, the second one for all other kinds
             of groups but the first.
@@ -90,16 +100,17 @@ class MetaTrainingConfig:
             that hardly vary within a group tell groups apart, and invite learning them by heart.
         feature_dropout (`float`): Probability that a feature is 0 in the regression.
         part_weights (`dict[str, float]`): Factor on the weight of the states of each part of the population in the
-            regression and the distillation: `standard`, `long`, `extended`, `short`, `large`, `brief`. Default: 1.
+            regression and the distillation: `standard`, `long`, `extended`, `short`, `large`, `brief`, `batch`. Default: 1.
         states_from (`list[str]`): Output folders of earlier runs, whose states and networks count as well.
         num_distillation_iterations (`int`): Steps of the distillation.
         earlier_networks (`list[str]`): Folders of networks of an earlier meta-training, one for each of `hidden_sizes`.
             The distillation starts from them, and keeps what they say on those parts of the population that
             `earlier_shares` names, so that something is learnt without losing the rest.
         earlier_shares (`dict[str, float]`): Weight, from 0 to 1, of the earlier network's word beside the mean of the
-            others on the states of each part: `standard`, `long`, `extended`, `short`, `large`, `brief`. Default: 0.5.
-        max_cost, max_long_cost, max_extended_cost, max_short_cost, max_large_cost, max_brief_cost (`float`, *optional*): Groups
-            whose grid would take more seconds than about this with four tasks are made shorter.
+            others on the states of each part: `standard`, `long`, `extended`, `short`, `large`, `brief`, `batch`. Default:
+            0.5.
+        max_cost, max_long_cost, max_extended_cost, max_short_cost, max_large_cost, max_brief_cost, max_batch_cost (`float`, *optional*):
+            Groups whose grid would take more seconds than about this with four tasks are made shorter.
         num_workers (`int`): Processes.
         seed (`int`): Groups are drawn from seeds `seed`, `seed + 1`, ...; the held-out ones come first.
     """
@@ -117,6 +128,8 @@ class MetaTrainingConfig:
     num_held_out_large_groups: int = 0
     num_brief_groups: int = 0
     num_held_out_brief_groups: int = 0
+    num_batch_groups: int = 0
+    num_held_out_batch_groups: int = 0
     num_tasks: int = 4
     num_long_tasks: int = 2
     num_large_tasks: int = 1
@@ -140,6 +153,7 @@ class MetaTrainingConfig:
     max_short_cost: float | None = 3.0
     max_large_cost: float | None = 60.0
     max_brief_cost: float | None = 40.0
+    max_batch_cost: float | None = 24.0
     num_workers: int = 2
     seed: int = 0
 
@@ -167,6 +181,7 @@ class MetaTrainingConfig:
             "max_short_cost",
             "max_large_cost",
             "max_brief_cost",
+            "max_batch_cost",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -227,6 +242,8 @@ class MetaTrainingConfig:
             "num_held_out_large_groups",
             "num_brief_groups",
             "num_held_out_brief_groups",
+            "num_batch_groups",
+            "num_held_out_batch_groups",
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
@@ -254,6 +271,7 @@ class MetaTrainingConfig:
             "short": (SHORT_SEED, self.num_held_out_short_groups),
             "large": (LARGE_SEED, self.num_held_out_large_groups),
             "brief": (BRIEF_SEED, self.num_held_out_brief_groups),
+            "batch": (BATCH_SEED, self.num_held_out_batch_groups),
         }
         return {family: range(start + self.seed, start + self.seed + n) for family, (start, n) in sizes.items()}
 
@@ -266,6 +284,7 @@ class MetaTrainingConfig:
             "short": self.num_short_groups,
             "large": self.num_large_groups,
             "brief": self.num_brief_groups,
+            "batch": self.num_batch_groups,
         }
 
     @property
@@ -282,6 +301,7 @@ class MetaTrainingConfig:
             "short": (self.num_long_tasks, self.max_short_cost),
             "large": (self.num_large_tasks, self.max_large_cost),
             "brief": (self.num_large_tasks, self.max_brief_cost),
+            "batch": (self.num_long_tasks, self.max_batch_cost),
         }[family_of(seed)]
 
 
@@ -489,7 +509,9 @@ def _visit(arguments: tuple[str, int, str | None, int, str, int]) -> None:
     temporary.replace(path)
 
 
-def meta_train(config: MetaTrainingConfig, progress: object | None = None) -> dict[str, object]:
+def meta_train(
+    config: MetaTrainingConfig, progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, object]:
     """
     Fills the bank, aggregates states over rounds, fits the networks, and judges them on held-out groups.
 
@@ -634,6 +656,8 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
         groups += (
             f", {config.num_brief_groups} groups of {config.num_large_tasks} wide and deep ones in a few dozen steps"
         )
+    if config.num_batch_groups:
+        groups += f", {config.num_batch_groups} groups of {config.num_long_tasks} with large batches"
     training = (
         f"{groups} (population version {POPULATION_VERSION}; synthetic, but for scikit-learn's digits in nearly a fifth of the "
         f"groups), {config.num_rounds} round{'s' if config.num_rounds > 1 else ''} of data aggregation with "
@@ -660,6 +684,7 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
         "short": " of few steps",
         "large": " of wide and deep models",
         "brief": " of wide and deep models in few steps",
+        "batch": " of large batches",
     }
     for family, table in tables.items():
         measured += f" On {table['num_tasks']} held-out tasks{kinds[family]}: {_measured(table)}"

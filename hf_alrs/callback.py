@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,6 +84,7 @@ class ALRSCallback(TrainerCallback):
             raise InputError("config", config, "must be an ALRSConfig.", "Write ALRSCallback(ALRSConfig(...)).")
         self.config = config or ALRSConfig()
         self.write_history = write_history
+        self.history_folder: Path | None = None  # in place of `output_dir`
         self.scheduler: ALRSScheduler | None = None
         self.phases: list[str] = []
         # Evaluates the controller's split where there is one; `ALRSTrainer` gives it
@@ -130,7 +132,10 @@ class ALRSCallback(TrainerCallback):
             samples = self.scheduler.config.batch_norm_samples
             self.scheduler.batch_norm = BatchNormStatistics(model, train_dataloader, args, samples, self.forward_batch)
         if self.write_history and state.is_world_process_zero:
-            _keep_history(Path(args.output_dir) / HISTORY_NAME, self.scheduler.first_unread_step)
+            _keep_history(self._history_path(args), self.scheduler.first_unread_step)
+
+    def _history_path(self, args: TrainingArguments) -> Path:
+        return (self.history_folder or Path(args.output_dir)) / HISTORY_NAME
 
     def _take_over(
         self,
@@ -188,6 +193,20 @@ class ALRSCallback(TrainerCallback):
             loss = loss.mean()
             self.scheduler.observe(loss=loss * self._num_shares if is_share else loss, is_share=is_share)
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # A `training_step` of the script's own may not call `optimizer.train()`. The model first, as layers that merge their
+        # weights for an evaluation take them apart again.
+        if self.scheduler.shows_average:
+            model.train()
+            self.scheduler.train_on()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -197,6 +216,7 @@ class ALRSCallback(TrainerCallback):
         if self._controller_is_due(state, control):
             start, before = time.perf_counter(), self.scheduler.seconds
             self._observe_evaluation(self.evaluate_controller())
+            self.scheduler.train_on()  # callbacks that come after this one change the weights that are trained
             self.scheduler.seconds = before + time.perf_counter() - start
         self._prepare_save(args, state, control)
         self._write_history(args, state, wait=not control.should_save)
@@ -210,7 +230,10 @@ class ALRSCallback(TrainerCallback):
     def _observe_evaluation(self, metrics: dict[str, float]) -> None:
         prefix = self.config.controller_metric_prefix
         if f"{prefix}_loss" in metrics:
-            self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], metrics.get(f"{prefix}_accuracy"))
+            accuracy = metrics.get(f"{prefix}_accuracy")
+            # One for each class or label is no share of all that is right
+            accuracy = float(accuracy) if isinstance(accuracy, Real) else None
+            self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], accuracy)
 
     def _choose_average(self, args: TrainingArguments, state: TrainerState, is_last: bool) -> None:
         """Chooses the average for what is evaluated, saved or left at this step; before the end not more often than is cheap."""
@@ -291,7 +314,7 @@ class ALRSCallback(TrainerCallback):
         entries = self.scheduler.drain_history()
         self.phases += [entry["phase"] for entry in entries]
         if self.write_history and state.is_world_process_zero:
-            with open(Path(args.output_dir) / HISTORY_NAME, "a") as file:
+            with open(self._history_path(args), "a") as file:
                 file.writelines(_json_line(entry) for entry in entries)
 
 
@@ -412,6 +435,8 @@ class ALRSTrainer(Trainer):
         # By the numbers of examples, in all and in a batch, and whether they keep their order
         self._controller_loaders: dict[tuple[int, int, bool], Any] = {}
         self._keeps_order = False  # of the examples, in evaluations that choose the average
+        self._sample_has_metrics = True
+        self._knows_loss = False
         self._num_batches: int | None = None
         self.add_callback(self.alrs_callback)
 
@@ -429,6 +454,7 @@ class ALRSTrainer(Trainer):
         prepare_again(self)
         # The datasets, or the length of the run, may be others than at the last call
         self._controller_loaders = {}
+        self._sample_has_metrics, self._knows_loss = True, False
         split = self.eval_dataset.get(CONTROLLER) if isinstance(self.eval_dataset, dict) else None
         indexed = hasattr(split, "__getitem__") and not isinstance(split, IterableDataset) and has_length(split)
         indexed = indexed and len(split) > 0
@@ -462,6 +488,11 @@ class ALRSTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        # As checkpoints, which each trial has in a folder of its own
+        self.alrs_callback.history_folder = None if trial is None else Path(self._get_output_dir(trial=trial))
 
     def _evaluate_controller(self) -> dict[str, float]:
         """Metrics on a sample of the controller's split, with the random numbers of training left as they are."""
@@ -537,24 +568,47 @@ class ALRSTrainer(Trainer):
         with unchanged_random_numbers(), unchanged_modes(self.model):
             key = (size, self.args.eval_batch_size, self._keeps_order)
             if key not in self._controller_loaders:
-                # Trainer keeps the loader of persistent workers for every dataset without a name
-                kept = self.__dict__.pop("_eval_dataloaders", None)
-                self._controller_loaders[key] = self.get_eval_dataloader(self._controller_sample(size))
-                self._eval_dataloaders = kept if kept is not None else {}
+                with self._loader_options():
+                    self._controller_loaders[key] = self.get_eval_dataloader(self._controller_sample(size))
             # Neither a bar nor an early-stopping callback is to take this for an evaluation that the script asked for.
             callbacks, self.callback_handler.callbacks = self.callback_handler.callbacks, []
+            # Generating costs many times a forward pass
             generates = getattr(self.args, "predict_with_generate", False)
+            loss_only = loss_only or self.compute_metrics is None or generates or not self._sample_has_metrics
+            loop = partial(
+                self.evaluation_loop,
+                self._controller_loaders[key],
+                description="Controller",
+                metric_key_prefix=self.alrs_config.controller_metric_prefix,
+            )
             try:
-                output = self.evaluation_loop(
-                    self._controller_loaders[key],
-                    description="Controller",
-                    # Generating costs many times a forward pass
-                    prediction_loss_only=True if loss_only or self.compute_metrics is None or generates else None,
-                    metric_key_prefix=self.alrs_config.controller_metric_prefix,
-                )
+                if not loss_only:
+                    try:
+                        return loop(prediction_loss_only=None).metrics
+                    except Exception as error:  # of the script's `compute_metrics`, which may ask for a whole split
+                        self._sample_has_metrics = False
+                        logger.warning(
+                            "`compute_metrics` fails on a sample of the controller's split (%s: %s): its loss alone is looked at "
+                            "between the script's own evaluations.",
+                            type(error).__name__,
+                            error,
+                        )
+                return loop(prediction_loss_only=True).metrics
             finally:
                 self.callback_handler.callbacks = callbacks
-        return output.metrics
+
+    @contextmanager
+    def _loader_options(self) -> Iterator[None]:
+        """A loader of the whole sample, however small, that leaves no workers behind; what Trainer keeps stays as it is."""
+        kept = {name: getattr(self.args, name) for name in ("dataloader_drop_last", "dataloader_persistent_workers")}
+        loaders = self.__dict__.pop("_eval_dataloaders", None)
+        self.args.dataloader_drop_last = self.args.dataloader_persistent_workers = False
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self.args, name, value)
+            self._eval_dataloaders = loaders if loaders is not None else {}
 
     def _forward_batch(self, batch: Any) -> None:
         """As in training, whatever the script's own `_prepare_inputs` and `compute_loss` make of a batch."""
@@ -567,8 +621,37 @@ class ALRSTrainer(Trainer):
         # `select` keeps the columns' names, by which the Trainer drops what the model does not take.
         return split.select(chosen) if hasattr(split, "select") else torch.utils.data.Subset(split, chosen)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def _takes_mean(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any) -> bool:
+        """
+        Whether the loss is the mean over a batch, whatever it is told of the items in all batches of a step: of many
+        classifiers that take any keyword. Trainer would add up the losses of accumulated batches, and their gradients.
+        """
+        with torch.no_grad(), unchanged_random_numbers(), unchanged_modes(model), self.compute_loss_context_manager():
+            model.eval()
+            losses = [
+                self.compute_loss(
+                    model, dict(self._prepare_inputs(inputs)), num_items_in_batch=num_items_in_batch * factor
+                )
+                for factor in (1, 2)
+            ]
+        same = torch.stack(losses).float().reshape(2, -1).mean(1)
+        takes_mean = torch.isfinite(same).all() & (same[0] == same[1]) & (same[0] != 0)
+        return bool(self.accelerator.gather(takes_mean.reshape(1)).all())
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if not self._knows_loss and num_items_in_batch is not None:
+            self._knows_loss = True
+            adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
+            adds_up = adds_up and self.model_accepts_loss_kwargs and self.compute_loss_func is None
+            if adds_up and self._takes_mean(model, inputs, num_items_in_batch):
+                self.model_accepts_loss_kwargs = False
+                logger.warning(
+                    "The model's loss is the mean over a batch and does not heed `num_items_in_batch`: the losses of a step are "
+                    "averaged, where Trainer would add them up (`trainer.model_accepts_loss_kwargs = False`)."
+                )
+        loss = super().training_step(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if self.alrs_callback.scheduler is not None:
             self.alrs_callback.scheduler.observe(loss=loss, is_share=True)
         return loss

@@ -200,9 +200,12 @@ class ALRSController:
         steps_per_epoch: int | None = None,
         network: MetaLRNetwork | None = None,
     ):
-        if num_training_steps < 1:
+        if not 1 <= num_training_steps < math.inf or num_training_steps != int(num_training_steps):
             raise InputError(
-                "num_training_steps", num_training_steps, "must be at least 1.", "Set max_steps or num_train_epochs."
+                "num_training_steps",
+                num_training_steps,
+                "must be a whole number of at least 1.",
+                "Set max_steps or num_train_epochs; in a loop of your own, count the optimizer steps that it makes.",
             )
         if not (math.isfinite(learning_rate) and learning_rate > 0):
             raise InputError(
@@ -221,12 +224,13 @@ class ALRSController:
                 "Pass steps_per_epoch, or give the interval in steps.",
             )
         self.config = config
-        self.num_training_steps = num_training_steps
+        # Numbers of NumPy would make a checkpoint that `torch.load` takes for code
+        self.num_training_steps = num_training_steps = int(num_training_steps)
         self._final_ratio = config.final_ratio(num_training_steps)
         self.initial_learning_rate = float(learning_rate)
         self.adaptive = adaptive
-        self.num_warmup_steps = num_warmup_steps
-        self.num_epochs = num_training_steps / steps_per_epoch if steps_per_epoch else 3.0
+        self.num_warmup_steps = int(num_warmup_steps)
+        self.num_epochs = float(num_training_steps / steps_per_epoch) if steps_per_epoch else 3.0
         self.decision_interval = decision_interval_of(config, num_training_steps, steps_per_epoch)
         network = network if network is not None else load_network(config.network, config.hidden_sizes, config.seed)
         self.network = network.to("cpu", torch.float32)

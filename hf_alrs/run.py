@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,7 +321,8 @@ def _train_prepared(
         for name in _LEFT_BEHIND:
             (Path(args.output_dir) / name).unlink(missing_ok=True)
     if args.do_eval and args.do_train and checkpoint is None:
-        before = _evaluate(trainer, prepared)
+        with _in_full_precision(args):
+            before = _evaluate(trainer, prepared)
         before.pop("epoch", None)  # none has passed
         best = (args.metric_for_best_model or "").replace(f"eval_{CONTROLLER}_", "eval_", 1)
         if keeps_best(args) and best not in before:
@@ -434,6 +435,17 @@ def _check_with_data(prepared: PreparedTask, args: TrainingArguments) -> None:
         raise InputError("per_device_train_batch_size", args.per_device_train_batch_size, rule, remedy)
     if args.do_predict and prepared.predict_dataset is None:
         raise InputError("do_predict", True, "this dataset has no unlabelled split.", "Leave --do_predict out.")
+
+
+@contextmanager
+def _in_full_precision(args: TrainingArguments) -> Iterator[None]:
+    """Trainer turns the model itself into half precision for `bf16_full_eval`, and would train it like that."""
+    kept = args.bf16_full_eval, args.fp16_full_eval
+    args.bf16_full_eval = args.fp16_full_eval = False
+    try:
+        yield
+    finally:
+        args.bf16_full_eval, args.fp16_full_eval = kept
 
 
 def _evaluate(trainer: Trainer, prepared: PreparedTask) -> dict[str, float]:

@@ -221,7 +221,7 @@ class ALRSScheduler(LRScheduler):
             self._inner.register_step_post_hook(self._after_optimizer_step),
         ]
         for switched in self._switched if self._average is not None else ():
-            switched.eval, switched.train = self.show_average, self._train_on
+            switched.eval, switched.train = self.show_average, self.train_on
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
@@ -308,7 +308,7 @@ class ALRSScheduler(LRScheduler):
                 "scheduler the number of optimizer steps that the loop makes, if it makes more.",
             )
         start = time.perf_counter()
-        self._train_on()
+        self.train_on()
         step = self._steps
         self._steps = self._optimizer_steps
         self.last_epoch += 1
@@ -490,8 +490,8 @@ class ALRSScheduler(LRScheduler):
             self.batch_norm.refresh()
             self._batch_norm_fresh = True
 
-    def _train_on(self) -> None:
-        """The optimizer's `train()`: after the last step the averaged weights stay, which are what the run leaves."""
+    def train_on(self) -> None:
+        """The optimizer's `train()`, which puts the trained weights back: after the last step the averaged weights stay, which are what the run leaves."""
         if self._steps < self.controller.num_training_steps:
             self.hide_average()
 

@@ -29,6 +29,11 @@ else:
 _MIN_SHARE = 1024
 
 
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """Real and imaginary parts of complex numbers side by side, as optimizers take them."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def _stride(parameter: torch.Tensor, share: int) -> int:
     """The step at which about `share` coordinates are visited, and with them every column of a matrix."""
     stride = max(1, parameter.numel() // share)
@@ -119,13 +124,15 @@ class SignalRecorder:
         self.parameters = [p for p in parameters if p.numel() > 0]  # a shard may hold nothing of a parameter
         self.device = measuring_device(self.parameters[0])
         share = max(_MIN_SHARE, max_size // len(self.parameters))
-        self._strides = [_stride(p, share) for p in self.parameters]
-        sizes = [len(range(0, p.numel(), stride)) for p, stride in zip(self.parameters, self._strides, strict=True)]
+        self._any_complex = any(p.is_complex() for p in self.parameters)
+        numbers = [_real(p.detach()) for p in self.parameters]
+        self._strides = [_stride(p, share) for p in numbers]
+        sizes = [len(range(0, p.numel(), stride)) for p, stride in zip(numbers, self._strides, strict=True)]
         # sqrt(n / subsample) on both factors of a product makes the sum over the subsample an unbiased estimate
         self._scale = torch.cat(
             [
                 torch.full((k,), math.sqrt(p.numel() / k), dtype=torch.float32)
-                for k, p in zip(sizes, self.parameters, strict=True)
+                for k, p in zip(sizes, numbers, strict=True)
             ]
         ).to(self.device)
         self._all_read = all(stride == 1 for stride in self._strides)  # the scale is 1 everywhere
@@ -149,7 +156,7 @@ class SignalRecorder:
             "matrix_width": sum(widths) / max(num_matrices, 1),
             "kernel_width": sum(kernel_widths) / max(num_matrices, 1),
             "matrix_count": math.log(max(num_matrices, 1)),
-            "size": 0.5 * math.log(sum(p.numel() for p in self.parameters)),
+            "size": 0.5 * math.log(sum(p.numel() for p in numbers)),
         }
         self._measured = SIGNALS[: -len(constants)]
         self._constants = torch.tensor(
@@ -165,7 +172,7 @@ class SignalRecorder:
         if any(self._parts):
             return self._gather_sharded(tensors).mul_(self._scale)
         # A small model's step is hardly longer than a few dozen calls of torch, hence none that changes nothing.
-        parts = [t.reshape(-1) for t in tensors]
+        parts = [t.reshape(-1) for t in (map(_real, tensors) if self._any_complex else tensors)]
         if not self._all_read:
             parts = [part[::stride] for part, stride in zip(parts, self._strides, strict=True)]
         if not self._one_device:

@@ -991,3 +991,184 @@ def test_a_model_saved_in_the_middle_is_the_average(tmp_path: Path, moving_confi
     plain = make_trainer("trainer", arguments(tmp_path / "plain"), moving_config())
     plain.train()
     assert all(torch.equal(a, b) for a, b in zip(weights_of(plain.model), weights_of(trainer.model), strict=True))
+
+
+# What scripts bring along
+
+
+class AnyKeyword(TinyClassifier):
+    """A loss that is the mean over a batch, whatever keywords come with it: as many classifiers of transformers."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return super().forward(x, labels)
+
+
+def test_accumulation_changes_nothing_where_any_keyword_is_taken(
+    tmp_path: Path, moving_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs, weights = [], []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        args = arguments(
+            tmp_path / str(accumulation),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=0.05,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AnyKeyword(dropout=0.0)
+        trainer = make_trainer("trainer", args, moving_config(), model=model)
+        assert trainer.model_accepts_loss_kwargs
+        trainer.train()
+        assert trainer.model_accepts_loss_kwargs is (accumulation == 1)
+        assert ("num_items_in_batch" in caplog.text) is (accumulation > 1)
+        runs.append([entry["loss"] for entry in history_of(Path(args.output_dir))])
+        weights.append(weights_of(trainer.model))
+    assert runs[1] == pytest.approx(runs[0], rel=2e-3)
+    for x, y in zip(*weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-4)
+
+
+def test_a_look_at_the_loss_leaves_no_trace(tmp_path: Path, moving_config: Config) -> None:
+    """Of a model that heeds the items of a step nothing is changed, nor are random numbers drawn."""
+    weights = []
+    for accumulation in (1, 2):
+        args = arguments(
+            tmp_path / str(accumulation), gradient_accumulation_steps=accumulation, max_steps=4, optim="sgd",
+            per_device_train_batch_size=8 // accumulation,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LanguageModelLoss()
+        trainer = make_trainer("trainer", args, moving_config(), model=model)
+        trainer.train()
+        assert trainer.model_accepts_loss_kwargs
+        weights.append(weights_of(trainer.model))
+    for x, y in zip(*weights, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-4)
+
+
+def test_metrics_that_fail_on_a_sample_do_not_end_the_run(
+    tmp_path: Path, moving_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    def whole_split_alone(prediction: Any) -> dict[str, float]:
+        if len(prediction.label_ids) != 100:
+            raise ValueError("29 classes, not 30")
+        return accuracy(prediction)
+
+    trainer = make_trainer(
+        "trainer",
+        arguments(tmp_path, eval_strategy="steps", eval_steps=16),
+        moving_config(controller_evaluations=4),
+        eval_dataset={"controller": tiny_dataset(100, seed=9)},
+        compute_metrics=whole_split_alone,
+    )
+    trainer.train()
+    # After steps 6, 12 and 18, and by the script after 16 and 24
+    assert float(trainer.lr_scheduler.controller.state.eval_count) == 5.0
+    assert float(trainer.lr_scheduler.controller.state.eval_best_accuracy) > 0
+    assert [record.message for record in caplog.records].count(caplog.messages[-1]) == 1
+    assert "29 classes, not 30" in caplog.text and caplog.text.count("compute_metrics") == 1
+
+
+@routes
+def test_an_accuracy_for_each_class_is_no_accuracy(route: str, tmp_path: Path, moving_config: Config) -> None:
+    def by_class(prediction: Any) -> dict[str, Any]:
+        return {"accuracy": {"first": 0.5, "second": 0.25}}
+
+    trainer = make_trainer(
+        route,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=6, logging_strategy="no"),
+        moving_config(controller_evaluations=4),
+        eval_dataset={"controller": tiny_dataset(80, seed=9)},
+        compute_metrics=by_class,
+    )
+    trainer.train()
+    assert features_of(tmp_path)[-1]["evaluated"] == 1.0
+
+
+def test_a_sample_smaller_than_a_batch_is_evaluated_where_the_last_batch_is_dropped(
+    tmp_path: Path, moving_config: Config
+) -> None:
+    trainer = make_trainer(
+        "trainer",
+        arguments(
+            tmp_path,
+            per_device_eval_batch_size=128,
+            dataloader_drop_last=True,
+            dataloader_num_workers=1,
+            dataloader_persistent_workers=True,
+        ),
+        moving_config(controller_evaluations=4),
+        eval_dataset={"controller": tiny_dataset(300, seed=9)},
+    )
+    trainer.train()
+    assert features_of(tmp_path)[-1]["evaluated"] == 1.0
+    loaders = trainer._controller_loaders.values()
+    assert not any(getattr(loader, "base_dataloader", loader).persistent_workers for loader in loaders)
+    assert trainer.args.dataloader_drop_last and trainer.args.dataloader_persistent_workers
+
+
+class StepOfItsOwn(ALRSTrainer):
+    """As for adversarial training: neither `super().training_step` nor `optimizer.train()`."""
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        model.train()
+        self.averaged.append(self.lr_scheduler.shows_average)
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        self.lr_scheduler.observe(loss=loss)
+        return loss.detach()
+
+
+class ZeroBias(TrainerCallback):
+    """Holds a parameter at 0, as pruning does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            model.last.bias.zero_()
+
+
+def test_gradients_are_those_of_the_trained_weights(tmp_path: Path, moving_config: Config) -> None:
+    trainer = StepOfItsOwn(
+        model=tiny_classifier(),
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=3),
+        alrs_config=moving_config(controller_evaluations=6),
+        train_dataset=tiny_dataset(),
+        eval_dataset={"controller": tiny_dataset(80, seed=9)},
+    )
+    trainer.averaged = []
+    trainer.train()
+    assert trainer.averaged == [False] * NUM_STEPS
+
+
+def test_callbacks_that_come_later_change_the_trained_weights(tmp_path: Path, moving_config: Config) -> None:
+    trainer = make_trainer(
+        "trainer",
+        arguments(tmp_path),
+        moving_config(controller_evaluations=6),
+        eval_dataset={"controller": tiny_dataset(80, seed=9)},
+    )
+    trainer.add_callback(ZeroBias())
+    biases = []
+    trainer.model.register_forward_pre_hook(
+        lambda model, inputs: biases.append(model.last.bias.detach().abs().max().item()) if model.training else None
+    )
+    trainer.train()
+    assert biases[1:] == [0.0] * (NUM_STEPS - 1)
+
+
+def test_trials_of_a_search_have_a_history_each(
+    tmp_path: Path, moving_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a backend does, none of which is needed for this
+    monkeypatch.setattr(Trainer, "_hp_search_setup", lambda self, trial: None)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial)
+    folder = tmp_path / "run-1"
+    monkeypatch.setattr(Trainer, "_get_output_dir", lambda self, trial: str(tmp_path if trial is None else folder))
+    trainer = make_trainer("trainer", arguments(tmp_path), moving_config())
+    trainer.train(trial={"learning_rate": 0.01})
+    assert len(history_of(folder)) == NUM_STEPS and not (tmp_path / HISTORY_NAME).exists()
+    trainer.train()
+    assert len(history_of(tmp_path)) == NUM_STEPS

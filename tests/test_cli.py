@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from hf_alrs import cli
@@ -464,6 +466,15 @@ def test_schedule_free_saves_what_it_evaluates(tmp_path: Path, options: list[str
     trained = own_table(table, tmp_path / "run", *options)
     again = own_table(table, tmp_path / "run", *options, "--do_eval")
     assert again["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-5)
+
+
+def test_evaluations_in_half_precision_leave_the_training_as_it_is(tmp_path: Path) -> None:
+    """Trainer turns a model that is evaluated outside a training into half precision for good."""
+    table, _ = write_tables(tmp_path)
+    own_table(table, tmp_path / "run", "--bf16_full_eval", "True", "--use_cpu", "True")
+    own_table(table, tmp_path / "plain")
+    half, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "plain"))
+    assert all(torch.equal(half[name], plain[name]) for name in plain)
 
 
 def test_a_folder_is_of_one_run_or_comparison(tmp_path: Path) -> None:

@@ -245,9 +245,10 @@ def test_rates_that_cannot_be_multiplied_are_refused(rate: float) -> None:
         make_controller(learning_rate=rate)
 
 
-def test_a_run_of_no_steps_is_refused() -> None:
+@pytest.mark.parametrize("number", [0, 31.5, math.nan, math.inf])
+def test_a_run_of_no_whole_number_of_steps_is_refused(number: float) -> None:
     with pytest.raises(InputError, match="num_training_steps"):
-        make_controller(num_training_steps=0)
+        make_controller(num_training_steps=number)
 
 
 @pytest.mark.parametrize("num_training_steps", [1, 2, 3, 5, 12])

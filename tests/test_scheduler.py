@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -1688,3 +1689,19 @@ def test_state_of_a_run_with_other_weights_is_cast_beside_them() -> None:
     )
     assert _cloned_beside(moment, parameter, {}, cast=True).dtype == torch.bfloat16
     assert _cloned_beside(counter, parameter, {}, cast=True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("number", [float(T), np.int64(T), np.ceil(T - 0.5)])
+def test_whole_numbers_of_other_types_count_steps(number: Any, quiet: Config, tmp_path: Path) -> None:
+    """As they come from divisions, and from NumPy; a checkpoint is plain numbers all the same."""
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = ALRSScheduler(optimizer, number, np.int64(3), config=quiet(), steps_per_epoch=np.float64(10))
+    train(model, optimizer, scheduler, T // 2)
+    torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
+    other = Line()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    resumed = ALRSScheduler(optimizer, T, 3, config=quiet(), steps_per_epoch=10)
+    resumed.load_state_dict(torch.load(tmp_path / "scheduler.pt", weights_only=True))
+    assert len(train(other, optimizer, resumed, T - T // 2)) == T - T // 2
+    assert optimizer.param_groups[0]["lr"] == 0.0

@@ -232,3 +232,22 @@ def test_state_comes_back() -> None:
     first.move()
     second.move()
     assert torch.equal(first.recorder.measure(), fresh.measure())
+
+
+@pytest.mark.parametrize("max_size", [1000, 3])
+def test_complex_numbers_are_two_real_ones(max_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(4, 3, 2, generator=generator) for _ in range(4)]
+    measured = []
+    for of in (torch.view_as_complex, lambda x: x):
+        parameter = nn.Parameter(of(draws[0].clone()))
+        recorder = SignalRecorder([parameter], max_size)
+        recorder.start()
+        parameter.grad = of(draws[1].clone())
+        recorder.record_previous()
+        with torch.no_grad():
+            parameter.add_(of(draws[2].clone()))
+        parameter.grad = of(draws[3].clone())
+        measured.append(values(recorder.measure()))
+    for name in ("gg", "gh", "hh", "gu", "uu", "ww", "gx", "xx", "size"):
+        assert measured[0][name] == pytest.approx(measured[1][name], rel=1e-5), name

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ALRSConfig, InputError, check_output_dir, home_expanded, read_yaml
+from ..controller import CONTROL_VERSION
 from ..network import load_network
 from .evaluation import evaluate_network
 from .spec import END_OF_SEEDS, POPULATION_VERSION, family_of
@@ -158,6 +159,7 @@ def meta_evaluate_command(arguments: Sequence[str], environment: Callable[[], di
         "network": {"name": options.network, "sha256": network.fingerprint()},
         "first_seed": options.first_seed,
         "population_version": POPULATION_VERSION,
+        "control_version": CONTROL_VERSION,
         "table": table,
         "environment": environment(),
     }

@@ -676,7 +676,10 @@ def _card(config: MetaTrainingConfig, tables: dict[str, dict[str, object]]) -> d
                 else "."
             )
         )
-    measured = "Regret (0: the best of 16 peak rates with linear decay, 1: a uniform guess) from 16 initial rates over 4.5 decades."
+    measured = (
+        "Regret (0: the best of 16 peak rates with linear decay, 1: a uniform guess) from 16 initial rates over 4.5 decades, under "
+        f"version {CONTROL_VERSION} of the control law."
+    )
     kinds = {
         "": "",
         "long": " of longer runs",

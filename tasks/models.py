@@ -294,7 +294,7 @@ class CNNForImageClassification(SmallPreTrainedModel):
             pixel_values (`torch.Tensor` of shape (batch, channels, height, width)): Normalised images.
             labels (`torch.Tensor` of shape (batch,), *optional*): Class indices.
         """
-        hidden = torch.relu(self.dense(self.features(pixel_values).flatten(1)))
+        hidden = torch.relu(self.dense(self.features(pixel_values.to(self.dense.weight.dtype)).flatten(1)))
         logits = self.classifier(self.dropout(hidden))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
@@ -335,7 +335,7 @@ class SmallResNetForImageClassification(SmallPreTrainedModel):
             pixel_values (`torch.Tensor` of shape (batch, channels, height, width)): Normalised images.
             labels (`torch.Tensor` of shape (batch,), *optional*): Class indices.
         """
-        logits = self.resnet(pixel_values)
+        logits = self.resnet(pixel_values.to(self.resnet.fc.weight.dtype))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
@@ -368,7 +368,7 @@ class TabularNetForClassification(SmallPreTrainedModel):
             features (`torch.Tensor` of shape (batch, columns)): What the column transform returns.
             labels (`torch.Tensor` of shape (batch,), *optional*): Class indices.
         """
-        logits = self.classifier(self.layers(features))
+        logits = self.classifier(self.layers(features.to(self.classifier.weight.dtype)))
         loss = None if labels is None else binary_or_multiclass_loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

@@ -89,6 +89,30 @@ def position_of_target(
     return float(positions[reached[0]]) if reached.size else math.inf
 
 
+def interpolated_position_of_target(positions: ArrayLike, values: ArrayLike, target: float) -> float:
+    """
+    Where a loss first comes down to the target, with straight lines between the evaluations: for means over several runs, which are
+    evaluated at the same few places.
+
+    Args:
+        positions (`ArrayLike` of shape `(num_evaluations,)`): Where each evaluation took place, increasing.
+        values (`ArrayLike` of shape `(num_evaluations,)`): The loss there.
+        target (`float`): Value to reach; equality reaches it.
+
+    Returns:
+        `float`: The position in the unit of `positions`, never before the first evaluation; `inf` when the target was missed.
+    """
+    positions, values = np.asarray(positions, dtype=float), np.asarray(values, dtype=float)
+    reached = np.flatnonzero(values <= target)
+    if not reached.size:
+        return math.inf
+    last = reached[0]
+    if last == 0 or not np.isfinite(values[last - 1]):
+        return float(positions[last])
+    share = (values[last - 1] - target) / (values[last - 1] - values[last])
+    return float(positions[last - 1] + share * (positions[last] - positions[last - 1]))
+
+
 def _log_of_positive(learning_rate: ArrayLike) -> np.ndarray:
     # Schedules that anneal to exactly 0 (or warm up from it) would make every log measure infinite, whatever they did
     # before; such steps train nothing and are left out.

@@ -33,6 +33,18 @@ def test_values_that_are_not_numbers_reach_no_target_and_are_never_the_best():
     assert math.isnan(metrics.best_value([]))
 
 
+@pytest.mark.parametrize(("target", "expected"), [(1.0, 10), (0.75, 15), (0.5, 20), (0.4, 26), (0.2, math.inf)])
+def test_lines_between_evaluations_reach_a_target(target, expected):
+    # From 1.0 at 10 to 0.5 at 20, up again, and from 0.7 at 24 down to 0.3 at 26 + 2/3
+    positions, values = [10, 20, 24, 26 + 2 / 3], [1.0, 0.5, 0.7, 0.3]
+    assert metrics.interpolated_position_of_target(positions, values, target) == pytest.approx(expected)
+
+
+def test_a_target_is_not_reached_before_what_is_no_number():
+    assert metrics.interpolated_position_of_target([10, 20], [math.nan, 0.5], 0.6) == 20
+    assert metrics.interpolated_position_of_target([10], [math.nan], 0.6) == math.inf
+
+
 def test_rate_that_changes_by_one_factor_is_perfectly_stable():
     assert metrics.learning_rate_stability([1e-3] * 5) == 0.0
     assert metrics.learning_rate_stability([8.0, 4.0, 2.0, 1.0]) == pytest.approx(0.0, abs=1e-12)

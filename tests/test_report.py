@@ -177,6 +177,18 @@ def test_cells_hold_mean_deviation_and_time_to_the_best_tuned_baseline(summary):
     }
 
 
+def test_speed_ups_are_steps_to_where_the_best_others_end(summary):
+    task = summary["tasks"]["sst2"]
+    assert {(row["over"], row["other"], row["other_learning_rate"]) for row in task["speed_ups"]} == {
+        ("best_schedule", "linear", 1e-3),
+        ("best_baseline", "linear", 1e-3),
+    }
+    rows = {row["learning_rate"]: row for row in task["speed_ups"] if row["over"] == "best_schedule"}
+    # From 0.61 at step 60 to 0.41 at the end: 0.51 half-way
+    assert rows[1e-3]["eval_loss"] == pytest.approx(0.51)
+    assert rows[1e-3]["steps"] == pytest.approx(70) and rows[1e-3]["speed_up"] == pytest.approx(80 / 70)
+
+
 def test_failed_run_stays_visible_as_the_worst_value(summary):
     cell = cell_of(summary, "step", 1e-4)
     assert (cell["num_runs"], cell["num_failed"]) == (3, 1)

@@ -359,6 +359,13 @@ class TaskRuns:
         return min(cells, key=lambda cell: self.mean_final(cell, "eval_loss"), default=None)
 
     @cached_property
+    def best_schedule(self) -> tuple[str, float] | None:
+        """As [`best_baseline`], among a constant rate and the decays that are tuned most."""
+        cells = [cell for cell in self.cells if cell[0] in ("linear", "cosine", "constant")]
+        cells = [cell for cell in cells if math.isfinite(self.mean_final(cell, "eval_loss"))]
+        return min(cells, key=lambda cell: self.mean_final(cell, "eval_loss"), default=None)
+
+    @cached_property
     def targets(self) -> dict[str, float]:
         """
         Final loss and score of the best tuned baseline: what every scheduler is timed to. The median over its seeds, of

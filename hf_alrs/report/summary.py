@@ -119,6 +119,45 @@ def _cell(task: TaskRuns, scheduler: str, rate: float) -> dict[str, Any]:
     }
 
 
+def _speed_ups(task: TaskRuns) -> list[dict[str, Any]]:
+    """
+    How much sooner the mean loss of the reference is where the best others end, from each initial rate: the steps of a run over
+    those to that loss, 0 where it is missed. Runs of the same steps, evaluated at the same ones, alone tell.
+    """
+    rows = []
+    for rate in task.rates_of(task.reference) if task.reference is not None else ():
+        runs = task.cells[task.reference, rate]
+        if not all(run.completed for run in runs):
+            continue
+        steps = [tuple(step for step in run.evaluations("step") if step < _length(run)) for run in runs]
+        if len({(*at, _length(run)) for at, run in zip(steps, runs, strict=True)}) > 1:
+            continue
+        losses = np.mean(
+            [[*run.evaluations("eval_loss")[: len(steps[0])], run.final("eval_loss")] for run in runs], axis=0
+        )
+        for name, other in (("best_schedule", task.best_schedule), ("best_baseline", task.best_baseline)):
+            if other is None:
+                continue
+            target = task.mean_final(other, "eval_loss")
+            at = metrics.interpolated_position_of_target([*steps[0], _length(runs[0])], losses, target)
+            rows.append(
+                {
+                    "learning_rate": rate,
+                    "over": name,
+                    "other": other[0],
+                    "other_learning_rate": other[1],
+                    "eval_loss": target,
+                    "steps": at,
+                    "speed_up": _length(runs[0]) / at,
+                }
+            )
+    return rows
+
+
+def _length(run: Run) -> int:
+    return run.record["num_training_steps"]
+
+
 def _cell_timing(task: TaskRuns, scheduler: str, rate: float) -> dict[str, Any]:
     runs = task.cells[scheduler, rate]
     memory = [run.record["peak_memory_bytes"] for run in runs if run.record["peak_memory_bytes"] is not None]
@@ -811,6 +850,7 @@ def summarize(
                 "best_baseline": task.best_baseline
                 and {"scheduler": task.best_baseline[0], "learning_rate": task.best_baseline[1]},
                 "targets": task.all_targets,
+                "speed_ups": _speed_ups(task),
                 "cells": cells[task.name],
                 "comparisons": comparisons[task.name],
             }

@@ -7,10 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -231,8 +230,10 @@ class ALRSCallback(TrainerCallback):
         prefix = self.config.controller_metric_prefix
         if f"{prefix}_loss" in metrics:
             accuracy = metrics.get(f"{prefix}_accuracy")
-            # One for each class or label is no share of all that is right
-            accuracy = float(accuracy) if isinstance(accuracy, Real) else None
+            try:
+                accuracy = None if accuracy is None else float(accuracy)
+            except (TypeError, ValueError):  # one for each class or label is no share of all that is right
+                accuracy = None
             self.scheduler.observe_evaluation(metrics[f"{prefix}_loss"], accuracy)
 
     def _choose_average(self, args: TrainingArguments, state: TrainerState, is_last: bool) -> None:
@@ -572,30 +573,47 @@ class ALRSTrainer(Trainer):
                     self._controller_loaders[key] = self.get_eval_dataloader(self._controller_sample(size))
             # Neither a bar nor an early-stopping callback is to take this for an evaluation that the script asked for.
             callbacks, self.callback_handler.callbacks = self.callback_handler.callbacks, []
-            # Generating costs many times a forward pass
-            generates = getattr(self.args, "predict_with_generate", False)
-            loss_only = loss_only or self.compute_metrics is None or generates or not self._sample_has_metrics
-            loop = partial(
-                self.evaluation_loop,
-                self._controller_loaders[key],
-                description="Controller",
-                metric_key_prefix=self.alrs_config.controller_metric_prefix,
-            )
+            # Generating costs many times a forward pass, and metrics that gather batches would keep some where they fail
+            gathers = getattr(self.args, "predict_with_generate", False) or self.args.batch_eval_metrics
+            loss_only = loss_only or self.compute_metrics is None or gathers or not self._sample_has_metrics
             try:
-                if not loss_only:
-                    try:
-                        return loop(prediction_loss_only=None).metrics
-                    except Exception as error:  # of the script's `compute_metrics`, which may ask for a whole split
-                        self._sample_has_metrics = False
-                        logger.warning(
-                            "`compute_metrics` fails on a sample of the controller's split (%s: %s): its loss alone is looked at "
-                            "between the script's own evaluations.",
-                            type(error).__name__,
-                            error,
-                        )
-                return loop(prediction_loss_only=True).metrics
+                with self._metrics_may_fail() if not loss_only else nullcontext():
+                    output = self.evaluation_loop(
+                        self._controller_loaders[key],
+                        description="Controller",
+                        prediction_loss_only=True if loss_only else None,
+                        metric_key_prefix=self.alrs_config.controller_metric_prefix,
+                    )
             finally:
                 self.callback_handler.callbacks = callbacks
+        return output.metrics
+
+    @contextmanager
+    def _metrics_may_fail(self) -> Iterator[None]:
+        """A `compute_metrics` that asks for a whole split, or for other predictions, does not end the run."""
+        compute_metrics, errors = self.compute_metrics, []
+
+        def without_an_end(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            try:
+                return compute_metrics(*args, **kwargs)
+            except Exception as error:
+                errors.append(error)
+                return {}
+
+        self.compute_metrics = without_an_end
+        try:
+            yield
+        finally:
+            self.compute_metrics = compute_metrics
+        failed = torch.tensor([bool(errors)], device=self.args.device)
+        self._sample_has_metrics = not bool(self.accelerator.gather(failed).any())  # the same on all processes
+        if errors:
+            logger.warning(
+                "`compute_metrics` fails on a sample of the controller's split (%s: %s): its loss alone is looked at between the "
+                "script's own evaluations.",
+                type(errors[0]).__name__,
+                errors[0],
+            )
 
     @contextmanager
     def _loader_options(self) -> Iterator[None]:
@@ -621,31 +639,43 @@ class ALRSTrainer(Trainer):
         # `select` keeps the columns' names, by which the Trainer drops what the model does not take.
         return split.select(chosen) if hasattr(split, "select") else torch.utils.data.Subset(split, chosen)
 
-    def _takes_mean(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any) -> bool:
+    def _may_take_mean(self, num_items_in_batch: Any) -> bool:
+        """Whether Trainer adds up the losses of a step, and nobody has told it whether it should."""
+        adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
+        adds_up = adds_up and self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        told = self.compute_loss_func is not None or getattr(self, "loss_is_scaled_for_ga", None) is not None
+        plain = type(self).compute_loss is Trainer.compute_loss  # one of the script's own may scale as it likes
+        parallel = (
+            getattr(self.accelerator, "parallelism_config", None) is not None
+        )  # a part of a sequence, or of a model
+        return adds_up and plain and not told and not parallel
+
+    def _takes_mean(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any) -> bool | None:
         """
         Whether the loss is the mean over a batch, whatever it is told of the items in all batches of a step: of many
         classifiers that take any keyword. Trainer would add up the losses of accumulated batches, and their gradients.
+        `None` where this batch does not tell.
         """
-        with torch.no_grad(), unchanged_random_numbers(), unchanged_modes(model), self.compute_loss_context_manager():
+        with torch.no_grad(), unchanged_modes(model), torch.compiler.set_stance("force_eager"):
             model.eval()
-            losses = [
-                self.compute_loss(
-                    model, dict(self._prepare_inputs(inputs)), num_items_in_batch=num_items_in_batch * factor
-                )
-                for factor in (1, 2)
-            ]
-        same = torch.stack(losses).float().reshape(2, -1).mean(1)
-        takes_mean = torch.isfinite(same).all() & (same[0] == same[1]) & (same[0] != 0)
-        return bool(self.accelerator.gather(takes_mean.reshape(1)).all())
+            losses = []
+            for factor in (1, 2):
+                with unchanged_random_numbers(), self.compute_loss_context_manager():
+                    items = num_items_in_batch * factor
+                    loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=items)
+                losses.append(loss.detach().float().mean())
+        once, twice = torch.stack(losses)
+        tells = torch.isfinite(once) & (once != 0)
+        answers = self.accelerator.gather(torch.stack([tells, once == twice])[None])  # one for all processes
+        return bool(answers[:, 1].all()) if bool(answers[:, 0].all()) else None
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        if not self._knows_loss and num_items_in_batch is not None:
-            self._knows_loss = True
-            adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
-            adds_up = adds_up and self.model_accepts_loss_kwargs and self.compute_loss_func is None
-            if adds_up and self._takes_mean(model, inputs, num_items_in_batch):
+        if not self._knows_loss and self._may_take_mean(num_items_in_batch):
+            takes_mean = self._takes_mean(model, inputs, num_items_in_batch)
+            self._knows_loss = takes_mean is not None
+            if takes_mean:
                 self.model_accepts_loss_kwargs = False
                 logger.warning(
                     "The model's loss is the mean over a batch and does not heed `num_items_in_batch`: the losses of a step are "

@@ -187,9 +187,9 @@ def _without_tuning(arena: list[_Study]) -> list[str]:
     ]
     lines = [
         f"Without tuning: final loss in [the arena]({_LINK_TO_ARENA}), the means from the best and from the worst of the "
-        "initial rates (over four decades; Prodigy's is always 1), and the best cell of all other schedulers and rates. Last, how many "
-        "times sooner than the others' last step the recipe's rate has ALRS at their final loss (means over the seeds, straight lines "
-        "between the evaluations on the way, which show the first average alone):",
+        "initial rates (over four decades; Prodigy's is always 1), and the best cell of all other schedulers and rates. Last, the "
+        "steps of a run over those after which ALRS, from the recipe's rate, is at the others' final loss (means over the seeds, straight "
+        "lines between the evaluations on the way, which show the first average alone):",
         "",
         _row(heads),
         _row(["---", *("---:" for _ in heads[1:])]),

@@ -142,6 +142,13 @@ class LanguageModelLoss(TinyClassifier):
         return output
 
 
+class AnyKeyword(TinyClassifier):
+    """A loss that is the mean over a batch, whatever keywords come with it: as of many classifiers of transformers."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return super().forward(x, labels)
+
+
 def tiny_dataset(size: int = 64, seed: int = 1, num_inputs: int = 6, num_classes: int = 3) -> list[dict[str, Any]]:
     """Examples whose label a linear model can nearly learn."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import LanguageModelLoss, TinyClassifier, network_saying, tiny_classifier, tiny_dataset
+from conftest import AnyKeyword, LanguageModelLoss, TinyClassifier, network_saying, tiny_classifier, tiny_dataset
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -994,13 +994,6 @@ def test_a_model_saved_in_the_middle_is_the_average(tmp_path: Path, moving_confi
 
 
 # What scripts bring along
-
-
-class AnyKeyword(TinyClassifier):
-    """A loss that is the mean over a batch, whatever keywords come with it: as many classifiers of transformers."""
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
-        return super().forward(x, labels)
 
 
 def test_accumulation_changes_nothing_where_any_keyword_is_taken(

@@ -20,7 +20,7 @@ from conftest import scratch_network
 SCRIPT = Path(__file__).parent / "scripts" / "distributed.py"
 FSDP_SCRIPT = SCRIPT.with_name("fsdp.py")
 ROUTES = ["bare", "evaluated by one", "callback", "trainer", "evaluated first", "loss of the whole step"]
-ROUTES += ["accumulation", "resumed", "chosen"]
+ROUTES += ["accumulation", "any keyword", "any keyword, accumulation", "failing metrics", "resumed", "chosen"]
 
 
 def free_port() -> int:

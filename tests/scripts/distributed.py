@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import LanguageModelLoss, tiny_classifier, tiny_dataset
+from conftest import AnyKeyword, LanguageModelLoss, tiny_classifier, tiny_dataset
 
 from hf_alrs import ALRSCallback, ALRSConfig, ALRSTrainer, get_scheduler
 
@@ -67,6 +67,12 @@ class InOrder:
         return optimizer
 
 
+def fail_on_the_last_process(prediction: Any) -> dict[str, float]:
+    if PartialState().is_last_process:
+        raise OSError("no space left")
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
 def train_with(
     kind: str,
     network: str,
@@ -76,11 +82,13 @@ def train_with(
     whole_step: bool = False,
     batch_norm: bool = False,
     choose: bool = False,
+    any_keyword: bool = False,
+    failing_metrics: bool = False,
     **changed: Any,
 ) -> dict[str, Any]:
     """
     A run of `Trainer` with the callback, or of `ALRSTrainer`; with `batch_norm` and a split for the controller too, or with one
-    that chooses the average.
+    that chooses the average, or with metrics that fail on the last process alone.
     """
     accumulation = changed.get("gradient_accumulation_steps", 1)
     defaults: dict[str, Any] = {
@@ -104,8 +112,11 @@ def train_with(
     kwargs = {"alrs_config": own} if kind == "trainer" else {"callbacks": [callback]}
     set_seed(2)
     model = LanguageModelLoss() if whole_step else tiny_classifier(seed=2, batch_norm=batch_norm)
+    model = AnyKeyword() if any_keyword else model
     set_seed(3)
-    if batch_norm or choose:
+    if failing_metrics:
+        kwargs["compute_metrics"] = fail_on_the_last_process
+    if batch_norm or choose or failing_metrics:
         kwargs["eval_dataset"] = {"controller": tiny_dataset(seed=5), "held_out": tiny_dataset(seed=6)}
     trainer = cls(model=model, args=args, train_dataset=tiny_dataset(), **kwargs)
     if evaluated_first:
@@ -168,6 +179,11 @@ def main() -> None:
         "evaluated first": lambda: train_with("trainer", network, out / "evaluated", evaluated_first=True),
         "loss of the whole step": lambda: train_with("callback", network, out / "whole", whole_step=True),
         "accumulation": lambda: train_with("trainer", network, out / "accumulation", gradient_accumulation_steps=2),
+        "any keyword": lambda: train_with("trainer", network, out / "keyword", any_keyword=True),
+        "any keyword, accumulation": lambda: train_with(
+            "trainer", network, out / "keywords", any_keyword=True, gradient_accumulation_steps=2
+        ),
+        "failing metrics": lambda: train_with("trainer", network, out / "failing", failing_metrics=True),
         # checkpoints between two decisions, one that is foreseen at the step's end and one that is not
         "resumed": lambda: train_and_resume(network, out / "resumed", 8, save_strategy="steps", save_steps=8),
         "resumed after an epoch": lambda: train_and_resume(network, out / "epoch", 8, save_strategy="epoch"),

@@ -183,7 +183,8 @@ def _without_tuning(arena: list[_Study]) -> list[str]:
     reference = arena[0].task["reference"]
     heads = ["task", *names, "best of all others", f"{reference} worse than that"]
     heads += [
-        f"{reference} as fast as {which}" for which in ("the best of linear, cosine and constant", "the best of all")
+        f"{reference}: times as fast as {which}"
+        for which in ("the best of linear, cosine and constant", "the best of all")
     ]
     lines = [
         f"Without tuning: final loss in [the arena]({_LINK_TO_ARENA}), the means from the best and from the worst of the "
@@ -220,7 +221,7 @@ def _final_loss(cell: dict[str, Any]) -> float:
 def _speed_up(study: _Study, over: str) -> str:
     for row in study.task["speed_ups"]:
         if row["learning_rate"] == study.rate and row["over"] == over:
-            return f"{format_number(row['speed_up'], 2)} times" if row["speed_up"] else "not reached"
+            return format_number(row["speed_up"], 2) if row["speed_up"] else "not reached"
     return "n/a"
 
 

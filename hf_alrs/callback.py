@@ -672,8 +672,9 @@ class ALRSTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None, **kwargs: Any
     ) -> torch.Tensor:
-        if not self._knows_loss and self._may_take_mean(num_items_in_batch):
-            takes_mean = self._takes_mean(model, inputs, num_items_in_batch)
+        if not self._knows_loss:
+            asked = self._may_take_mean(num_items_in_batch)
+            takes_mean = self._takes_mean(model, inputs, num_items_in_batch) if asked else False
             self._knows_loss = takes_mean is not None
             if takes_mean:
                 self.model_accepts_loss_kwargs = False

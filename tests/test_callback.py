@@ -1035,7 +1035,7 @@ def test_a_look_at_the_loss_leaves_no_trace(tmp_path: Path, moving_config: Confi
         if not looks:
             trainer._may_take_mean = lambda num_items_in_batch: False
         trainer.train()
-        assert trainer.model_accepts_loss_kwargs and trainer._knows_loss is looks
+        assert trainer.model_accepts_loss_kwargs and trainer._knows_loss
         states.append(trainer.model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

@@ -644,11 +644,10 @@ class ALRSTrainer(Trainer):
         adds_up = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
         adds_up = adds_up and self.model_accepts_loss_kwargs and num_items_in_batch is not None
         told = self.compute_loss_func is not None or getattr(self, "loss_is_scaled_for_ga", None) is not None
-        plain = type(self).compute_loss is Trainer.compute_loss  # one of the script's own may scale as it likes
-        parallel = (
-            getattr(self.accelerator, "parallelism_config", None) is not None
-        )  # a part of a sequence, or of a model
-        return adds_up and plain and not told and not parallel
+        # A `compute_loss` of the script's own may scale as it likes; parallel processes may hold parts of one sequence or model
+        plain = type(self).compute_loss is Trainer.compute_loss
+        plain = plain and getattr(self.accelerator, "parallelism_config", None) is None
+        return adds_up and plain and not told
 
     def _takes_mean(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any) -> bool | None:
         """

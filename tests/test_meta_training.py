@@ -181,12 +181,25 @@ def test_long_groups_have_seeds_of_their_own() -> None:
     assert sum(spec.pretrained for spec in specs) > 20
 
 
+@pytest.mark.parametrize(
+    ("part", "start", "size"),
+    [
+        ("extended", 200_000, (2, 24.0)),
+        ("short", 300_000, (2, 3.0)),
+        ("large", 400_000, (1, 60.0)),
+        ("brief", 500_000, (1, 40.0)),
+        ("batch", 600_000, (2, 24.0)),
+    ],
+)
+def test_parts_have_seeds_and_sizes_of_their_own(part: str, start: int, size: tuple[int, float]) -> None:
+    numbers = {f"num_{part}_groups": 2, f"num_held_out_{part}_groups": 1}
+    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, seed=5, **numbers)
+    assert list(config.held_out_seeds[part]) == [start + 5]
+    assert config.train_seeds == [6, start + 6, start + 7]
+    assert config.size_of(start + 6) == size
+
+
 def test_extended_groups_reach_many_epochs() -> None:
-    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_extended_groups=2,
-                                num_held_out_extended_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_seeds["extended"]) == [200_005]
-    assert config.train_seeds == [6, 200_006, 200_007]
-    assert config.size_of(200_006) == (2, 24.0)
     specs = [sample_spec(seed, 24.0) for seed in range(200_000, 200_060)]
     assert min(spec.num_training_steps for spec in specs) >= 400
     epochs = [s.num_training_steps * s.batch_size / s.num_examples for s in specs if not s.pretrained]
@@ -195,11 +208,6 @@ def test_extended_groups_reach_many_epochs() -> None:
 
 
 def test_short_groups_have_a_few_dozen_steps() -> None:
-    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_short_groups=2,
-                                num_held_out_short_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_seeds["short"]) == [300_005]
-    assert config.train_seeds == [6, 300_006, 300_007]
-    assert config.size_of(300_006) == (2, 3.0)
     specs = [sample_spec(seed, 3.0) for seed in range(300_000, 300_100)]
     assert 20 <= min(spec.num_training_steps for spec in specs) <= 30
     assert max(spec.num_training_steps for spec in specs) <= 160
@@ -209,11 +217,6 @@ def test_short_groups_have_a_few_dozen_steps() -> None:
 
 
 def test_large_groups_are_wide_or_deep() -> None:
-    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_large_groups=2,
-                                num_held_out_large_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_seeds["large"]) == [400_005]
-    assert config.train_seeds == [6, 400_006, 400_007]
-    assert config.size_of(400_006) == (1, 60.0)
     specs = [sample_spec(seed, 60.0) for seed in range(400_000, 400_200)]
     assert {spec.kind for spec in specs} == {"mlp", "conv", "attention"}
     assert max(spec.hidden for spec in specs) > 400 and max(spec.depth for spec in specs) == 12
@@ -225,11 +228,6 @@ def test_large_groups_are_wide_or_deep() -> None:
 
 
 def test_brief_groups_are_large_ones_in_few_steps() -> None:
-    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_brief_groups=2,
-                                num_held_out_brief_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_seeds["brief"]) == [500_005]
-    assert config.train_seeds == [6, 500_006, 500_007]
-    assert config.size_of(500_006) == (1, 40.0)
     specs = [sample_spec(seed, 40.0) for seed in range(500_000, 500_200)]
     assert 20 <= min(spec.num_training_steps for spec in specs) <= 22
     assert max(spec.num_training_steps for spec in specs) <= 80
@@ -241,11 +239,6 @@ def test_brief_groups_are_large_ones_in_few_steps() -> None:
 
 
 def test_batch_groups_have_large_and_accumulated_batches_and_any_decay() -> None:
-    config = MetaTrainingConfig(output_dir="x", num_groups=1, num_held_out_groups=1, num_batch_groups=2,
-                                num_held_out_batch_groups=1, seed=5)  # fmt: skip
-    assert list(config.held_out_seeds["batch"]) == [600_005]
-    assert config.train_seeds == [6, 600_006, 600_007]
-    assert config.size_of(600_006) == (2, 24.0)
     specs = [sample_spec(seed, 24.0) for seed in range(600_000, 600_200)]
     assert {spec.kind for spec in specs} == {"mlp", "conv", "bag", "rnn", "attention"}
     assert {spec.batch_size for spec in specs} == {128, 256, 512}

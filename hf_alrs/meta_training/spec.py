@@ -64,8 +64,8 @@ BRIEF_KINDS = {"mlp": 0.2, "conv": 0.6, "attention": 0.2}
 BRIEF_MIN_STEPS, BRIEF_MAX_STEPS = 20, 80
 BRIEF_PRETRAINED_SHARE = {"mlp": 0.0, "conv": 0.0, "attention": 0.5}
 _WIDE = ("large", "brief")
-# Seeds from here on draw large batches, half of them accumulated from several, and weight decay without AdamW or AdamW without it,
-# at rates of gradient noise that the costs of a step keep the others from.
+# Seeds from here on draw large batches, half of them accumulated from several, which the other parts leave out because a step
+# costs too much; and weight decay without AdamW, or AdamW without it.
 BATCH_SEED = 600_000
 BATCH_KINDS = {"mlp": 0.34, "conv": 0.22, "bag": 0.16, "rnn": 0.10, "attention": 0.18}
 BATCH_MIN_STEPS, BATCH_MAX_STEPS = 40, 400

@@ -354,16 +354,16 @@ class TaskRuns:
     @cached_property
     def best_baseline(self) -> tuple[str, float] | None:
         """The baseline cell with the lowest mean final loss; `None` when no baseline completed at any rate."""
-        cells = [(name, rate) for name, rate in self.tuned.items() if is_baseline(name)]
-        cells = [cell for cell in cells if math.isfinite(self.mean_final(cell, "eval_loss"))]
-        return min(cells, key=lambda cell: self.mean_final(cell, "eval_loss"), default=None)
+        return self._best((name, rate) for name, rate in self.tuned.items() if is_baseline(name))
 
     @cached_property
     def best_schedule(self) -> tuple[str, float] | None:
         """As [`best_baseline`], among a constant rate and the decays that are tuned most."""
-        cells = [cell for cell in self.cells if cell[0] in ("linear", "cosine", "constant")]
-        cells = [cell for cell in cells if math.isfinite(self.mean_final(cell, "eval_loss"))]
-        return min(cells, key=lambda cell: self.mean_final(cell, "eval_loss"), default=None)
+        return self._best(cell for cell in self.tuned.items() if cell[0] in ("linear", "cosine", "constant"))
+
+    def _best(self, cells: Iterable[tuple[str, float]]) -> tuple[str, float] | None:
+        finite = [cell for cell in cells if math.isfinite(self.mean_final(cell, "eval_loss"))]
+        return min(finite, key=lambda cell: self.mean_final(cell, "eval_loss"), default=None)
 
     @cached_property
     def targets(self) -> dict[str, float]:
